@@ -1,0 +1,51 @@
+# The order of work. Every notebook is one rule: it runs again when the notebook, a library module that it
+# imports, an upstream result or a parameter changed. `perturb_research.launch` writes the request and calls this.
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(workflow.basedir)
+sys.path.insert(0, str(ROOT))
+from perturb_research.launch import defaults, modules_of, steps
+
+ALL = [(screen, step, before) for screen in config["screens"] for step, before in steps(screen["id"]).items()]
+
+
+def done(dataset, step):
+    return f"data/results/{dataset}/done/{step}.json"
+
+
+def parameters(screen, step):
+    "What papermill passes: the data set, the profile and what SET says, as far as the notebook has them."
+    given = {"dataset": screen["id"], "source": screen["source"], "profile": config["profile"]}
+    known = defaults(ROOT / "nbs" / f"{step}.ipynb")
+    return {k: v for k, v in given.items() if k in known} | config["changes"].get(step, {})
+
+
+rule all:
+    input: [done(screen["id"], step) for screen, step, _ in ALL]
+
+
+for screen, step, before in ALL:
+    rule:
+        name: f"{screen['id']}__{step.replace('.', '_')}"
+        input:
+            notebook=str(ROOT / "nbs" / f"{step}.ipynb"),
+            modules=modules_of(ROOT / "nbs" / f"{step}.ipynb", ROOT),
+            before=[done(screen["id"], b) for b in before],
+            source=[screen["source"]] if "source" in parameters(screen, step) and screen["source"] else [],
+        output:
+            done=done(screen["id"], step),
+            figures=directory(f"data/results/{screen['id']}/figures/{step}"),
+        log:
+            notebook=f"runs/{screen['id']}/{step}.ipynb",
+            words=f"runs/{screen['id']}/{step}.log",
+        params:
+            python=sys.executable,
+            given=json.dumps(parameters(screen, step), sort_keys=True),
+            label=f"{screen['id']:>12}  {step}",
+            cwd=str(ROOT / "nbs"),
+        shell:
+            "echo {params.label:q}; mkdir -p {output.figures:q}; "
+            "{params.python:q} -m papermill {input.notebook:q} {log.notebook:q} -k python3 --cwd {params.cwd:q} "
+            "-y {params.given:q} --no-progress-bar > {log.words:q} 2>&1"
