@@ -33,7 +33,7 @@ for screen, step, before in ALL:
             notebook=str(ROOT / "nbs" / f"{step}.ipynb"),
             modules=modules_of(ROOT / "nbs" / f"{step}.ipynb", ROOT),
             before=[done(screen["id"], b) for b in before],
-            source=[screen["source"]] if "source" in parameters(screen, step) and screen["source"] else [],
+            source=[screen["source"].replace("{", "{{").replace("}", "}}")] if "source" in parameters(screen, step) and screen["source"] else [],
         output:
             done=done(screen["id"], step),
             figures=directory(f"data/results/{screen['id']}/figures/{step}"),

@@ -183,7 +183,7 @@ def finish(self:Run, *promised):
     packages = {name: version(name) for name in ('numpy', 'scipy', 'pandas', 'anndata', 'matplotlib')}
     cost = dict(seconds=round(time.monotonic() - self.start, 2), peak_memory_gb=round(peak_memory_gb(), 3), python=sys.version.split()[0], packages=packages)
     write_json(self.out/'runs'/self.dataset/f'{self.notebook}.record.json', self.record() | dict(outputs=self.outputs) | cost)
-    write_json(self.done_file, self.record() | dict(outputs=self.outputs))
+    if self.launched: write_json(self.done_file, self.record() | dict(outputs=self.outputs))
     print(f"{self.notebook} on {self.dataset}: {len(self.outputs)} files in {cost['seconds']:.0f} s, {cost['peak_memory_gb']:.1f} GB")
 
 # %% ../nbs/00_core.ipynb #00000038

@@ -206,7 +206,8 @@ def _snakemake(root, out, request, cores):
     command = [sys.executable, '-m', 'snakemake', '--snakefile', str(root/'Snakefile'), '--directory', str(out), '--configfile', str(config),
                '--cores', str(cores), '--nolock', '--rerun-incomplete', '--keep-going', '--nocolor']
     path = os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')]))
-    env = os.environ | {'PYTHONPATH': path, 'PERTURB_OUT': str(out), 'PERTURB_LAUNCHED': '1', 'PYTHONWARNINGS': 'ignore'}
+    threads = {name: str(max(1, cores // 2)) for name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS')}  # two notebooks run side by side
+    env = threads | os.environ | {'PYTHONPATH': path, 'PERTURB_OUT': str(out), 'PERTURB_LAUNCHED': '1', 'PYTHONWARNINGS': 'ignore'}
     with open(Path(out, 'runs', 'snakemake.log'), 'w') as log: return subprocess.run(command, env=env, stderr=log).returncode == 0
 
 def figures(root, out, screens, profile, changes, cores):

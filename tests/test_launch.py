@@ -1,0 +1,128 @@
+"The launcher: what runs again when, kills, refusals, published figures."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, cells, launch
+
+from perturb_research.launch import STEPS, _number, differences, modules_of, steps
+
+
+def done_times(out, dataset):
+    return {p.stem: p.stat().st_mtime_ns for p in (out / f"data/results/{dataset}/done").glob("*.json")}
+
+
+def figure_bytes(out, dataset):
+    return {p.name: p.read_bytes() for p in sorted((out / "figures" / dataset).iterdir())}
+
+
+def test_every_figure_is_four_files_or_a_note(small):
+    for dataset in ("sim", "sim_drugs"):
+        names = {p.name for p in (small / "figures" / dataset).iterdir()}
+        slugs = {n.split(".")[0] for n in names}
+        assert {"screen_at_a_glance", "effect_map", "split_composition", "forward_error_by_stratum", "leaderboard", "metric_dynamic_range"} <= slugs
+        for slug in slugs: assert {f"{slug}.{k}" for k in ("pdf", "png", "csv", "json")} <= names or f"{slug}.note.txt" in names, slug
+
+
+def test_figure_records_hold_no_time_and_no_machine(small):
+    for file in (small / "figures").rglob("*.json"):
+        text = file.read_text()
+        assert str(small) not in text and str(ROOT) not in text
+        record = json.loads(text)
+        assert record["caption"] and record["inputs"] and record["parameters"]["dataset"] == file.parent.name
+
+
+def test_report_holds_every_figure(small):
+    for dataset in ("sim", "sim_drugs"):
+        report = (small / "runs" / dataset / "report.html").read_text()
+        for file in (small / "figures" / dataset).glob("*.png"): assert f'id="{file.stem}"' in report
+
+
+def test_nothing_changed_nothing_runs(small):
+    before = {d: done_times(small, d) for d in ("sim", "sim_drugs")}
+    again = launch(small, "figures", "--profile", "small")
+    assert again.returncode == 0 and {d: done_times(small, d) for d in before} == before
+
+
+def test_a_lost_output_is_made_again_with_the_same_bytes(small):
+    before, times = figure_bytes(small, "sim"), done_times(small, "sim")
+    (small / "data/results/sim/splits.json").unlink()
+    assert launch(small, "figures", "--profile", "small").returncode == 0
+    after = done_times(small, "sim")
+    assert figure_bytes(small, "sim") == before
+    assert after["05_data.splits"] > times["05_data.splits"] and after["04_data.preprocess"] == times["04_data.preprocess"]
+
+
+def test_a_killed_run_is_simply_run_again(tmp_path, small):
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"PERTURB_OUT": str(tmp_path)}
+    command = [sys.executable, "-m", "perturb_research.launch", "figures", "--profile", "small", "--dataset", "sim"]
+    for delay in (7, 16):
+        run = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    assert launch(tmp_path, "figures", "--profile", "small", "--dataset", "sim").returncode == 0
+    assert {n: b for n, b in figure_bytes(tmp_path, "sim").items()} == figure_bytes(small, "sim")
+
+
+def test_a_second_call_is_refused_while_one_runs(tmp_path):
+    from perturb_research.launch import lock
+    handle = lock(tmp_path)
+    second = launch(tmp_path, "figures")
+    handle.close()
+    assert second.returncode != 0 and "another run is at work" in second.stderr and len(second.stderr.strip().splitlines()) == 1
+
+
+def test_a_module_reruns_only_what_imports_it():
+    "By the same static walk that the Snakefile lists as inputs."
+    needs = {step: {m.split("perturb_research/")[-1] for m in modules_of(ROOT / "nbs" / f"{step}.ipynb", ROOT)} for step in STEPS}
+    assert {s for s in STEPS if "evaluate/retrieval.py" in needs[s]} == {"14_evaluate.retrieval"}
+    assert "models/baselines.py" not in needs["04_data.preprocess"] | needs["05_data.splits"]
+    assert all("core.py" in needs[s] for s in STEPS)
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["--dataset", "normann"], "no such screen"),
+    (["--dataset", "/no/such/file.h5ad"], "no such file"),
+    (["--set", "preprocess.min_cels=3"], "did you mean 'min_cells'"),
+    (["--set", "preprocess.min_cells=many"], "expected int"),
+    (["--set", "min_cells=3"], "not of the form"),
+    (["--set", "retrievel.top_k=3"], "no notebook"),
+    (["--profile", "tiny"], "expected small, default or full"),
+])
+def test_a_bad_request_is_one_line_before_any_work(tmp_path, arguments, expected):
+    done = launch(tmp_path / "out", "figures", *arguments)
+    assert done.returncode != 0 and expected in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out" / "data").exists()
+
+
+def test_two_files_of_one_name_need_a_name(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        cells(n=90).write_h5ad(tmp_path / folder / "my_screen.h5ad")
+    out = tmp_path / "out"
+    first = launch(out, "figures", "--dataset", tmp_path / "a/my_screen.h5ad", "--set", "preprocess.min_cells=1000")
+    second = launch(out, "figures", "--dataset", tmp_path / "b/my_screen.h5ad")
+    assert "min_cells=1000" in first.stderr and "NAME=" in second.stderr
+
+
+def test_golden_numbers(small):
+    "The small profile's plotted numbers are the committed ones; `python tests/golden.py` writes them anew after a change that is meant."
+    golden = ROOT / "tests" / "golden"
+    names = {p.relative_to(golden) for p in golden.rglob("*.csv")}
+    assert names == {p.relative_to(small / "figures") for p in (small / "figures").rglob("*.csv")}
+    wrong = {str(n): differences(golden / n, small / "figures" / n)[:3] for n in sorted(names) if differences(golden / n, small / "figures" / n)}
+    assert not wrong
+
+
+def test_differences_sees_what_matters(tmp_path):
+    a, b = tmp_path / "a.csv", tmp_path / "b.csv"
+    a.write_text("x,y\nm,1.0\n")
+    for text, same in (("x,y\nm,1.00001\n", True), ("x,y\nm,1.001\n", False), ("x,y\nn,1.0\n", False), ("x,z\nm,1.0\n", False), ("x,y\nm,1.0\nm,1.0\n", False), ("x,y\nm,\n", False)):
+        b.write_text(text)
+        assert (differences(a, b) == []) == same, text
+    assert _number("nan") is not None and steps("mine")
