@@ -37,7 +37,7 @@ clean:
 	rm -rf data/raw data/processed data/results runs .snakemake
 
 environment: $(ENVIRONMENT)
-	@"$(PYTHON)" -c 'import sys; assert sys.version_info[:2] == (3, 11); import papermill, snakemake, torch, nbdev' 2>/dev/null || \
+	@"$(PYTHON)" -c 'import sys; from importlib.util import find_spec; assert sys.version_info[:2] == (3, 11) and all(map(find_spec, ("papermill", "snakemake", "torch", "nbdev", "rdkit")))' 2>/dev/null || \
 	{ echo "$(PYTHON): is not a Python 3.11 with this project's packages; make one with: conda env create -f environment.yml, or leave PYTHON= away" >&2; exit 2; }
 
 # torch first and alone: then nothing that asks for torch pulls another build of it
