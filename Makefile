@@ -28,7 +28,7 @@ verify: environment
 	@"$(PYTHON)" -m perturb_research.launch verify $${CORES:+--cores "$$CORES"}
 
 test: environment
-	@"$(PYTHON)" -m pytest tests -q -x -o cache_dir=runs/.pytest_cache
+	@"$(PYTHON)" -m pytest tests -q -o cache_dir=runs/.pytest_cache
 
 lab: environment
 	@"$(PYTHON)" -m jupyterlab --notebook-dir nbs
