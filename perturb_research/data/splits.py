@@ -89,7 +89,9 @@ def _rows(self:Split, effects, part):
     "The rows of `part` with the chosen genes."
     self.check(effects)
     given = effects[effects.obs_names.get_indexer(self.ids[part]), self._genes(effects)].copy()
-    if side := self._side(part): given.X = given.layers[side].copy()
+    if side := self._side(part):
+        given.X = given.layers[side].copy()
+        if part == 'train': given.layers.clear()  # the other layers hold what is asked for
     return given
 
 # %% ../../nbs/05_data.splits.ipynb #00000015
