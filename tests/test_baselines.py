@@ -56,6 +56,15 @@ def halved(effects, seed=0):
 def l2(model, train, test): return np.linalg.norm(MODELS[model]().fit(train).predict(test.obs) - test.X, axis=1).mean()
 
 
+def test_the_mean_model_is_the_mean_that_metrics_centre_on():
+    "Also where a gene is perturbed in two ways: then the model scores 0 after centring, by definition."
+    from perturb_research.evaluate.metrics import perturbation_mean
+    up, down = pairs(genes=4, outputs=20), pairs(genes=3, outputs=20, seed=1)
+    down.obs['perturbation_type'] = 'CRISPRi'
+    both = ad.concat([up, down], index_unique='-')
+    assert_allclose(MODELS['mean']().fit(both).predict(both.obs)[0], perturbation_mean(both), rtol=1e-5, atol=1e-7)
+
+
 def test_order_of_the_models():
     assert list(MODELS) == ['no_change', 'mean', 'context_mean', 'additive', 'scaled_additive', 'ridge', 'linear', 'latent_shift', 'nearest', 'kernel']
     with pytest.raises(KeyError, match='mean'): baselines.register(MODELS['mean'])

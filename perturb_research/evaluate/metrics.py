@@ -82,9 +82,12 @@ def beats_mean(predicted, truth, train_mean):
 
 # %% ../../nbs/06_evaluate.metrics.ipynb #00000024
 def perturbation_mean(effects):
-    "Mean effect (g,) over the perturbations of an effect-level AnnData: first over the conditions of each perturbation, then over perturbations."
-    means = pd.DataFrame(np.asarray(effects.X, dtype=float)).groupby(effects.obs['perturbation'].astype(str).to_numpy()).mean()
-    return means.to_numpy().mean(axis=0)
+    """Mean effect (g,) over the perturbations of an effect-level AnnData: first over the conditions of each perturbation, then over perturbations.
+
+    A gene that is activated and the same gene knocked down are two perturbations.
+    """
+    who = [effects.obs[column].astype(str).to_numpy() for column in ('perturbation', 'perturbation_type') if column in effects.obs]
+    return pd.DataFrame(np.asarray(effects.X, dtype=float)).groupby(who).mean().to_numpy().mean(axis=0)
 
 # %% ../../nbs/06_evaluate.metrics.ipynb #00000027
 def centred(effects, train_mean):
