@@ -1,7 +1,5 @@
-"""Seconds for all metrics: `python benchmarks/metrics.py`. Asked for: 100 conditions x 2,000 genes x 10 models in at most 2 s on 2 cores."""
+"""Seconds for all metrics: `python benchmarks/metrics.py`. Limit: 100 conditions x 2,000 genes x 10 models in at most 2 s on 2 cores."""
 import time
-
-import numpy as np
 
 from perturb_research.core import generator, peak_memory_gb
 from perturb_research.evaluate.metrics import METRICS, score

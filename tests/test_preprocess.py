@@ -1,12 +1,7 @@
 "Notebook 04: detection on real screens, effects against a plain computation, bad input."
-import os
-
 import anndata as ad
-import h5py
 import numpy as np
-import pandas as pd
 import pytest
-import scipy.sparse as sp
 from conftest import SHARED, cells, launch, needs_shared, run_notebook
 
 from perturb_research.core import Problem
@@ -55,8 +50,7 @@ def test_doses_are_read_for_drugs_only():
 
 def by_hand(screen):
     "Effects by definition, a loop over conditions and batches on dense numbers."
-    X = np.log1p(screen.X.toarray() / screen.X.sum(1).A1[:, None] * 1e4) if hasattr(screen.X.sum(1), "A1") else None
-    X = np.log1p(screen.X.toarray() / np.asarray(screen.X.sum(1)) * 1e4) if X is None else X
+    X = np.log1p(screen.X.toarray() / np.asarray(screen.X.sum(1)) * 1e4)
     obs, found = screen.obs.reset_index(drop=True), {}
     for p in sorted(set(obs["perturbation"]) - {"control"}):
         total = 0
@@ -104,6 +98,17 @@ def test_spellings_merge_and_duplicates_add_up():
     assert set(ready.obs["perturbation"]) == {"control", "KLF1", "AHR"}
     assert report["merged"] == {"klf1": "KLF1"} and report["duplicated_genes"] == ["G0"]
     assert ready.layers["counts"].sum() == screen.X.sum() and ready.n_vars == 19
+
+
+def test_cells_without_a_label_are_left_out_and_counted(tmp_path):
+    screen = cells(n=90)
+    screen.obs.loc[screen.obs_names[:7], "perturbation"] = None
+    screen.obs.loc[screen.obs_names[7:9], "perturbation"] = "nan"
+    screen.write_h5ad(tmp_path / "my_screen.h5ad")
+    done = run_notebook("04_data.preprocess", tmp_path / "out", dataset="my_screen", source=tmp_path / "my_screen.h5ad")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert ad.read_h5ad(tmp_path / "out/data/processed/my_screen/cells.h5ad").n_obs == 81
+    assert '"cells_without_label": 9' in (tmp_path / "out/data/processed/my_screen/preprocess.json").read_text()
 
 
 def test_drug_names_are_never_split():

@@ -376,7 +376,7 @@ EDITS = ('[cH:1]>>[c:1]F', '[cH:1]>>[c:1]Cl', '[cH:1]>>[c:1]C', '[cH:1]>>[c:1]OC
 
 def analogues(smiles):
     "All molecules one of the `EDITS` away from `smiles`: sorted canonical SMILES of those that sanitise."
-    from rdkit import Chem, RDLogger, rdBase
+    from rdkit import Chem, rdBase
     from rdkit.Chem.AllChem import ReactionFromSmarts
     parent, made = Chem.MolFromSmiles(smiles), set()
     with rdBase.BlockLogs():
