@@ -283,7 +283,8 @@ def _run(root, asked):
     export(root, out)
     wrong = figures(root, out, screens, asked.profile or 'default', changes, asked.cores)
     handle.close()
-    for ident, _ in screens if not wrong else []: print(f"{out}/figures/{ident}/ and {out}/runs/{ident}/report.html are up to date")
+    for ident, _ in screens if not wrong else []:
+        print(f"{out}/figures/{ident}/ and {out}/runs/{ident}/report.html are up to date; what was taken for what: {out}/runs/{ident}/04_data.preprocess.ipynb")
     return wrong
 
 # %% ../nbs/00b_launch.ipynb #00000040

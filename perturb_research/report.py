@@ -14,18 +14,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .evaluate.calibration import bootstrap_interval, bootstrap_ratio
+from .evaluate.calibration import bootstrap_interval, bootstrap_ratio, per_perturbation
 
 # %% ../nbs/15_report.ipynb #00000006
 def forward_table(metrics, rng, draws=1000, reference='mean', suffix=''):
-    """Mean scores with 95 % bootstrap intervals over conditions, long: split, stratum, model, measure, value, low, high, n.
+    """Mean scores with 95 % bootstrap intervals over perturbations, long: split, stratum, model, measure, value, low, high, n.
 
     `metrics`: the long table that models write. `suffix='@half2'` takes the scores against the second half of the cells.
     The error is relative to `reference` on the same conditions.
     """
     rows = []
     for (split, stratum), part in metrics.groupby(['split', 'stratum'], observed=True, sort=False):
-        wide = part.pivot_table(index='condition', columns=['metric', 'model'], values='value', observed=True)
+        wide = per_perturbation(part.pivot_table(index='condition', columns=['metric', 'model'], values='value', observed=True))
         for model in part['model'].drop_duplicates():
             if ('l2' + suffix, model) not in wide or ('l2' + suffix, reference) not in wide: continue
             error = wide['l2' + suffix][[model, reference]].dropna().to_numpy() if model != reference else np.repeat(wide['l2' + suffix][[model]].to_numpy(), 2, 1)
@@ -37,11 +37,11 @@ def forward_table(metrics, rng, draws=1000, reference='mean', suffix=''):
 
 # %% ../nbs/15_report.ipynb #00000008
 def reverse_table(retrieval, rng, draws=1000, distance='cosine', measures=('exact@1', 'relevant@1', 'mrr')):
-    "Mean retrieval scores with intervals over queries, long: split, route, model, mask, measure, value, low, high, n; rows without a distance (chance) are kept."
+    "Mean retrieval scores with intervals over perturbations, long: split, route, model, mask, measure, value, low, high, n; rows without a distance (chance) are kept."
     part = retrieval[retrieval['metric'].isin(measures) & retrieval['distance'].isin([distance, ''])]
     rows = []
     for key, scores in part.groupby(['split', 'route', 'model', 'mask', 'metric'], observed=True, sort=False):
-        value = scores['value'].to_numpy()
+        value = per_perturbation(scores.set_index('query')['value']).to_numpy()
         rows.append((*key, value.mean(), *bootstrap_interval(value, rng, draws), len(value)))
     return pd.DataFrame(rows, columns=['split', 'route', 'model', 'mask', 'measure', 'value', 'low', 'high', 'n'])
 
@@ -78,12 +78,14 @@ def _figure(record, folder):
             f'<figcaption><b>{record["slug"]}</b>. {html.escape(record["caption"])}</figcaption><details><summary>Origin</summary>{origin}</details></figure>')
 
 # %% ../nbs/15_report.ipynb #00000014
-def page(title, folders, table):
-    "HTML of a data set's report: the leaderboard `table` (DataFrame), then each folder's figures and what was left out, with the reason."
-    body = '<h2>Leaderboard</h2><div class="scroll">' + table.to_html(index=False, border=0, na_rep='', float_format=lambda v: f'{v:.3f}') + '</div>'
+def page(title, folders, table, notes=()):
+    "HTML of a data set's report: `notes` on what was found and left out, each folder's figures, and the leaderboard `table` (DataFrame)."
+    body = '<h2>What was found and left out</h2><ul>' + ''.join(f'<li>{html.escape(n)}</li>' for n in notes) + '</ul>' if notes else ''
     for folder in map(Path, folders):
         records = [json.loads(f.read_text(encoding='utf-8')) for f in sorted(folder.glob('*.json'))]
         notes = [f.read_text(encoding='utf-8') for f in sorted(folder.glob('*.note.txt'))]
         if records or notes: body += f'<h2>{html.escape(folder.name)}</h2>'
         body += ''.join(_figure(r, folder) for r in records) + ''.join(f'<p class="note">{html.escape(n)}</p>' for n in notes)
+    numbers = table.to_html(index=False, border=0, na_rep='', float_format=lambda v: f'{v:.3f}')
+    body += f'<h2>All numbers of the leaderboard</h2><details><summary>{len(table)} rows</summary><div class="scroll">{numbers}</div></details>'
     return PAGE.format(title=html.escape(title), body=body)

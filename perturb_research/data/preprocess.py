@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'CONTROLS', 'MISSING', 'TYPES', 'UNITS', 'CONDITION', 'SCALES', 'read_screen', 'plain', 'control_labels',
-           'find_columns', 'merge_spellings', 'split_labels', 'perturbation_type', 'number', 'describe', 'value_kind',
-           'sum_duplicates', 'to_cells', 'condition_ids', 'add_conditions', 'assign_halves', 'control_means',
-           'to_effects', 'is_condition_level', 'effect_scale', 'read_effects', 'dataset_id', 'check_controls']
+           'find_columns', 'merge_spellings', 'split_labels', 'perturbation_type', 'number', 'dose_texts', 'describe',
+           'value_kind', 'sum_duplicates', 'to_cells', 'condition_ids', 'add_conditions', 'assign_halves',
+           'control_means', 'to_effects', 'is_condition_level', 'effect_scale', 'read_effects', 'dataset_id',
+           'check_controls']
 
 # %% ../../nbs/04_data.preprocess.ipynb #00000003
 import re
@@ -47,7 +48,7 @@ def _open(path):
 COLUMNS = {
     'perturbation': 'perturbation condition guide_identity gene_target target_gene target gene treatment compound drug drug_name pert_iname perturbation_name pert_id pert sgrna grna guide',
     'context': 'context cell_type celltype cell_line cellline cell cell_id line',
-    'dose': 'dose concentration dose_value dose_um dose_amount pert_dose',
+    'dose': ' '.join(f'{name}{unit}' for name in 'dose concentration dose_value dose_amount pert_dose'.split() for unit in ('', '_um', '_nm', '_mm')),
     'time_h': 'time_h time timepoint time_point pert_time hours',
     'batch': 'batch replicate bio_rep rep plate rna_plate det_plate lane gem_group donor',
     'perturbation_type': 'perturbation_type pert_type modality',
@@ -59,14 +60,14 @@ def plain(name):
     return re.sub(r'[^a-z0-9]+', '_', str(name).lower()).strip('_')
 
 # %% ../../nbs/04_data.preprocess.ipynb #00000011
-CONTROLS = ('control ctrl ctl ctl_vehicle non_targeting nontargeting non_target nt ntc nc scrambled scramble scr negative_control neg_control negctrl safe_targeting '
-            'dmso dmso_tf vehicle unstimulated unstim untreated mock unperturbed').split()
+CONTROLS = ('control ctrl ctl ctl_vehicle non_targeting nontargeting non_target non_targeting_control nt ntc nc scrambled scramble scr negative_control neg_control '
+            'negctrl safe_targeting dmso dmso_tf dmso_rep vehicle pbs water media medium unstimulated unstim untreated mock unperturbed').split()
 
 def control_labels(labels, own=''):
     "The labels, among `labels`, that name a control; `own` is one more name to accept."
     names = {*CONTROLS, *([plain(own)] if own else [])}
-    is_control = lambda part: re.sub(r'_?\d+$', '', plain(part)) in names or plain(part) in names
-    return {label for label in labels if all(is_control(part) for part in re.split(r'[+]', label))}
+    is_control = lambda part: re.sub(r'^(sg|si|sh)_?(?=nt|ctrl|scr)|(_?\d+)+$', '', plain(part)) in names or plain(part) in names
+    return {label for label in labels if is_control(label) or any(all(map(is_control, label.split(sign))) for sign in '+_')}
 
 # %% ../../nbs/04_data.preprocess.ipynb #00000013
 def _text(column): return column.astype(object).where(column.notna(), '').astype(str).str.strip().str.replace(r'\s+', ' ', regex=True)
@@ -146,11 +147,18 @@ UNITS = {'': 1., 'um': 1., 'µm': 1., 'μm': 1., 'nm': 1e-3, 'mm': 1e3, 'm': 1e6
 
 def number(text, units=None):
     "The number in `text`, in µM with `units=UNITS`; NaN if there is none; an unknown unit is refused."
-    match = re.fullmatch(r'\s*(-?[\d.]+(?:e-?\d+)?)\s*([a-zµμ]*)\s*', str(text).lower())
+    match = re.fullmatch(r'(-?[\d.]+(?:e[+-]?\d+)?)\s*([a-zµμ/%]*)', re.sub(r'(?<=\d),(?=\d{3})', '', str(text).lower().strip()))
     if not match: return np.nan
     if units and match[2] not in units: raise Problem(f"dose {text!r}: unknown unit {match[2]!r}; expected nM, uM, mM or M")
     value = float(match[1]) * (units[match[2]] if units else 1)
     return value if value >= 0 else np.nan
+
+def dose_texts(obs, column):
+    "The doses in `column` of `obs` as text, each with the unit that the column's name or a column beside it gives."
+    texts, name, named = _text(obs[column]), plain(column), {plain(c): c for c in obs}
+    beside = next((named[n] for n in (f'{name}_unit', f'{name}_units') if n in named), None)
+    unit = _text(obs[beside]) if beside else name.rpartition('_')[2] if name.endswith(('_um', '_nm', '_mm')) else ''
+    return texts.where(~texts.str.fullmatch(r'[\d.,]+(?:[eE][+-]?\d+)?'), texts + ' ' + unit)
 
 # %% ../../nbs/04_data.preprocess.ipynb #00000027
 def describe(screen, chosen=None, kind='', own_control=''):
@@ -160,6 +168,9 @@ def describe(screen, chosen=None, kind='', own_control=''):
     text = lambda role, default: _text(screen.obs[found[role]]) if role in found else pd.Series(default, index=screen.obs_names)
     labels = _text(screen.obs[found['perturbation']])
     labels, merged = merge_spellings(labels.where(~labels.str.lower().isin(MISSING), ''))
+    if own_control and not labels.str.casefold().eq(own_control.casefold()).any():
+        raise Problem(f"control={own_control!r}: not among the labels of column {found['perturbation']!r}, such as {', '.join(sorted(labels.unique())[:6])}; name one of them")
+    controls = sorted(control_labels(labels.unique(), own_control))
     if own_control: labels = labels.where(labels.str.casefold() != own_control.casefold(), 'control')
     types = text('perturbation_type', '').map({t: perturbation_type(t) for t in text('perturbation_type', '').unique()})
     treated = ~labels.isin(control_labels(labels.unique()))
@@ -168,14 +179,18 @@ def describe(screen, chosen=None, kind='', own_control=''):
     genetic = bool(types[treated].isin(['CRISPRa', 'CRISPRi', 'knockout', 'knockdown']).all())
     renamed = split_labels(labels[~is_drug].unique(), screen.var_names, genetic)
     table = pd.DataFrame({'perturbation': labels.where(is_drug, labels.map(renamed)), 'perturbation_type': types, 'context': text('context', 'unknown').replace('', 'unknown')})
-    table['dose'] = text('dose', '').map(lambda t: number(t, UNITS)).where(table['perturbation_type'].eq('drug') & treated, np.nan) if 'dose' in found and is_drug.any() else np.nan
+    table['dose'], unreadable, dosed = np.nan, [], types.eq('drug') & treated
+    if 'dose' in found and dosed.any():
+        texts = dose_texts(screen.obs, found['dose'])[dosed]
+        table.loc[dosed, 'dose'] = texts.map({t: number(t, UNITS) for t in texts.unique()})
+        unreadable = sorted(set(texts[table.loc[dosed, 'dose'].isna()]) - {''})
     table['time_h'] = text('time_h', '').map(number).astype(float)
     table['batch'] = text('batch', '0').replace('', '0')
     table['is_control'] = table['perturbation'] == 'control'
     apart = _tell_apart(table, screen.obs[found['structure']]) if 'structure' in found else []
     for extra in ('smiles', 'canonical_smiles', 'targets'):
         if extra in screen.obs: table[extra.removeprefix('canonical_')] = _text(screen.obs[extra])
-    return table, dict(columns=found, passed_over=passed, merged=merged, several_compounds=apart)
+    return table, dict(columns=found, passed_over=passed, merged=merged, several_compounds=apart, controls=controls, unreadable_doses=unreadable)
 
 # %% ../../nbs/04_data.preprocess.ipynb #00000029
 def _tell_apart(table, structure):
