@@ -22,6 +22,12 @@ def parameters(screen, step):
     return {k: v for k, v in given.items() if k in known} | config["changes"].get(step, {})
 
 
+def label(screen, step):
+    "The line that says that a step begins; a download says where to watch it."
+    watch = f"  (watch it: tail -f {Path.cwd()}/runs/{screen['id']}/{step}.log)" if step == "02_data.download" else ""
+    return f"{screen['id']:>12}  {step}{watch}"
+
+
 rule all:
     input: [done(screen["id"], step) for screen, step, _ in ALL]
 
@@ -33,6 +39,7 @@ for screen, step, before in ALL:
             notebook=str(ROOT / "nbs" / f"{step}.ipynb"),
             modules=modules_of(ROOT / "nbs" / f"{step}.ipynb", ROOT),
             before=[done(screen["id"], b) for b in before],
+            manifest=[str(ROOT / "data" / "manifest.csv")] if step == "02_data.download" else [],
             source=[screen["source"].replace("{", "{{").replace("}", "}}")] if "source" in parameters(screen, step) and screen["source"] else [],
         output:
             done=done(screen["id"], step),
@@ -43,9 +50,10 @@ for screen, step, before in ALL:
         params:
             python=sys.executable,
             given=json.dumps(parameters(screen, step), sort_keys=True),
-            label=f"{screen['id']:>12}  {step}",
+            label=label(screen, step),
+            watch="--log-output" if step == "02_data.download" else "",
             cwd=str(ROOT / "nbs"),
         shell:
             "echo {params.label:q}; mkdir -p {output.figures:q}; "
             "{params.python:q} -m papermill {input.notebook:q} {log.notebook:q} -k python3 --cwd {params.cwd:q} "
-            "-y {params.given:q} --no-progress-bar > {log.words:q} 2>&1"
+            "-y {params.given:q} --no-progress-bar {params.watch} > {log.words:q} 2>&1"

@@ -14,7 +14,9 @@ import numpy as np
 import pandas as pd
 
 from perturb_research.core import generator
-from perturb_research.data.preprocess import describe, read_effects, read_screen
+from perturb_research.data.labels import describe
+from perturb_research.data.preprocess import read_effects
+from perturb_research.data.read import read_screen
 from perturb_research.models.baselines import MODELS
 
 NAMES = 'mean', 'additive', 'scaled_additive', 'latent_shift', 'nearest', 'kernel'

@@ -10,8 +10,10 @@ import pandas as pd
 import scanpy  # noqa: F401  its import is not what is measured
 import scipy.sparse as sp
 
-from perturb_research.core import generator, peak_memory_gb
-from perturb_research.data.preprocess import add_conditions, assign_halves, describe, read_screen, to_cells, to_effects
+from perturb_research.core import peak_memory_gb
+from perturb_research.data.labels import describe
+from perturb_research.data.preprocess import measure
+from perturb_research.data.read import read_screen
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/papalexi/papalexi_lowmoi.h5ad"
 
@@ -28,11 +30,7 @@ def of_its_shape(folder):
 def once(path):
     start = time.perf_counter()
     screen = read_screen(path)
-    table, report = describe(screen)
-    cells = to_cells(screen, table, 100, report)
-    add_conditions(cells)
-    cells.obs["half"] = assign_halves(cells.obs, generator(0, "halves"))
-    effects = to_effects(cells)
+    effects, _, _ = measure(screen, describe(screen)[0])
     return time.perf_counter() - start, effects
 
 

@@ -56,7 +56,9 @@ def output_root(profile='default'):
 
 # %% ../nbs/00_core.ipynb #00000016
 def sha256(what):
-    "Hex SHA-256 of a file (a `Path`), of text, or of anything JSON can hold (keys sorted)."
+    "Hex SHA-256 of a file or folder (a `Path`; of a folder: its files' names and bytes), of text, or of anything JSON can hold (keys sorted)."
+    if isinstance(what, Path) and what.is_dir():
+        what = [[file.relative_to(what).as_posix(), sha256(file)] for file in sorted(what.rglob('*')) if file.is_file()]
     if isinstance(what, Path):
         with open(what, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
     text = what if isinstance(what, str) else json.dumps(what, sort_keys=True, separators=(',', ':'))

@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import ROOT, cells, launch
 
-from perturb_research.launch import STEPS, _number, differences, modules_of, steps
+from perturb_research.launch import STEPS, Refused, _number, claim, differences, forget_incomplete, modules_of, public, resolve, steps
 
 
 def done_times(out, dataset):
@@ -86,7 +86,8 @@ def test_a_module_reruns_only_what_imports_it():
 
 
 @pytest.mark.parametrize("arguments, expected", [
-    (["--dataset", "normann"], "no such screen"),
+    (["--dataset", "normann"], "no such screen; did you mean norman"),
+    (["--dataset", "hallmark"], "is a table, not a screen; fetch it with"),
     (["--dataset", "/no/such/file.h5ad"], "no such file"),
     (["--set", "preprocess.min_cels=3"], "did you mean 'min_cells'"),
     (["--set", "preprocess.min_cells=many"], "expected int"),
@@ -108,6 +109,49 @@ def test_two_files_of_one_name_need_a_name(tmp_path):
     first = launch(out, "figures", "--dataset", tmp_path / "a/my_screen.h5ad", "--set", "preprocess.min_cells=1000")
     second = launch(out, "figures", "--dataset", tmp_path / "b/my_screen.h5ad")
     assert "min_cells=1000" in first.stderr and "NAME=" in second.stderr
+
+
+def test_a_file_and_a_public_screen_of_one_name_are_told_apart(tmp_path):
+    file = tmp_path / "Kang.h5ad"
+    file.touch()
+    assert "choose another with NAME=" in launch(tmp_path / "out", "figures", "--dataset", file).stderr
+    assert resolve(str(file), "mine", tmp_path) == ("mine", str(file)) and resolve("kang", "", tmp_path) == ("kang", "")
+    claim("kang", str(file), tmp_path)  # from a time before the name stood in the manifest
+    with pytest.raises(Refused, match="already stands for .*Kang.h5ad; .* NAME="): claim("kang", "", tmp_path)
+
+
+@pytest.mark.parametrize("names, good", [(["matrix.mtx"], True), (["matrix.mtx.gz", "barcodes.tsv.gz"], True), (["data.npz", "meta.json"], True), (["data.npz"], False),
+                                         (["a.parquet", "b.parquet"], True), (["notes.txt"], False)])
+def test_a_folder_is_a_screen_by_what_it_holds(tmp_path, names, good):
+    (tmp_path / "My Run").mkdir()
+    for name in names: (tmp_path / "My Run" / name).touch()
+    if good: assert resolve(f"{tmp_path}/My Run", "", tmp_path) == ("my_run", str(tmp_path / "My Run"))
+    else:
+        with pytest.raises(Refused, match="a folder without a screen"): resolve(f"{tmp_path}/My Run", "", tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".h5", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".parquet", ".gct", ".gctx", ".npz"])
+def test_files_of_every_form_pass(tmp_path, suffix):
+    (tmp_path / f"Run 1{suffix}").touch()
+    assert resolve(f"{tmp_path}/Run 1{suffix}", "", tmp_path)[0] == "run_1"
+
+
+def test_a_screen_is_simulated_or_downloaded_or_neither():
+    first = {d: [s for s in steps(d) if s < "03"] for d in ("sim", "norman", "my_screen")}
+    assert first == {"sim": ["01_data.simulate"], "norman": ["02_data.download"], "my_screen": []}
+    assert {"norman", "papalexi", "tahoe_plate14"} <= set(public()) and not {"hallmark", "gene2go", "chembl_rest"} & set(public())
+
+
+def test_a_download_whose_file_is_gone_runs_again(tmp_path):
+    done, raw, file = tmp_path / "data/results/kang/done/02_data.download.json", tmp_path / "data/raw/kang/source.json", tmp_path / "elsewhere.h5ad"
+    for path, text in ((done, {"outputs": {"data/raw/kang/source.json": ""}}), (raw, {"path": str(file)}), (file, "")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(text))
+    forget_incomplete(tmp_path, "kang")
+    assert done.exists()
+    file.unlink()
+    forget_incomplete(tmp_path, "kang")
+    assert not done.exists()
 
 
 def test_golden_numbers(small):

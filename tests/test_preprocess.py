@@ -5,7 +5,9 @@ import pytest
 from conftest import SHARED, cells, launch, needs_shared, run_notebook
 
 from perturb_research.core import Problem
-from perturb_research.data.preprocess import add_conditions, assign_halves, describe, is_condition_level, read_screen, to_cells, to_effects, value_kind
+from perturb_research.data.labels import describe
+from perturb_research.data.preprocess import is_condition_level, measure, value_kind
+from perturb_research.data.read import read_screen
 
 # what each file holds, from its own documentation: column, conditions, values, contexts, types, batches
 TRUTH = {
@@ -35,7 +37,7 @@ def test_detection_on_real_screens(file):
     assert table["batch"].nunique() == truth.get("batches", 1)
     if "time" in truth: assert set(table["time_h"]) == {truth["time"]}
     if truth["level"] != "condition":
-        rows = treated.groupby(["perturbation", "dose"], dropna=False).size().median()
+        rows = treated.groupby(["perturbation", "dose"], dropna=False, observed=True).size().median()
         assert value_kind(screen.X, rows) == truth["level"]
         assert table["is_control"].any()
 
@@ -61,24 +63,22 @@ def by_hand(screen):
     return found
 
 
-def processed(screen):
+def processed(screen, **given):
+    "Effects, cells and report of a screen of cells."
     table, report = describe(screen)
-    ready = to_cells(screen, table, 100, report)
-    add_conditions(ready)
-    ready.obs["half"] = assign_halves(ready.obs, np.random.default_rng(0))
-    return ready, report
+    effects, ready, measured = measure(screen, table, **given)
+    return effects, ready, report | measured
 
 
 def test_effects_match_the_definition():
     rng = np.random.default_rng(1)
     screen = cells(n=600, plate=rng.choice(["a", "b", "c"], 600))
-    ready, _ = processed(screen)
-    effects, expected = to_effects(ready), by_hand(screen)
+    effects, expected = processed(screen)[0], by_hand(screen)
     for row, name in enumerate(effects.obs["perturbation"]): np.testing.assert_allclose(effects.X[row], expected[name], atol=2e-5)
 
 
 def test_halves_are_disjoint_and_balanced_within_batch():
-    ready, _ = processed(cells(n=600, plate=np.repeat(["a", "b"], 300)))
+    _, ready, _ = processed(cells(n=600, plate=np.repeat(["a", "b"], 300)))
     counts = ready.obs.groupby(["perturbation", "batch", "half"], observed=True).size().unstack()
     assert (counts[1] - counts[2]).abs().max() <= 1
 
@@ -86,15 +86,15 @@ def test_halves_are_disjoint_and_balanced_within_batch():
 def test_dropped_conditions_need_min_cells():
     screen = cells(n=60)
     screen.obs.loc[screen.obs_names[:3], "perturbation"] = "RARE"
-    ready, _ = processed(screen)
-    assert "RARE" not in set(to_effects(ready, min_cells=5).obs["perturbation"])
-    with pytest.raises(Problem, match="min_cells=1000"): to_effects(ready, min_cells=1000)
+    effects, ready, report = processed(screen, min_cells=5)
+    assert "RARE" not in set(effects.obs["perturbation"]) and "RARE" in set(ready.obs["perturbation"]) and list(report["dropped"].values()) == [3]
+    with pytest.raises(Problem, match="min_cells=1000"): processed(screen, min_cells=1000)
 
 
 def test_spellings_merge_and_duplicates_add_up():
     screen = cells(n=90, targets=("control", "KLF1", "klf1 ", "AHR", "KLF1"))
     screen.var_names = ["G0", "G0", *[f"G{i}" for i in range(2, 20)]]
-    ready, report = processed(screen)
+    _, ready, report = processed(screen)
     assert set(ready.obs["perturbation"]) == {"control", "KLF1", "AHR"}
     assert report["merged"] == {"klf1": "KLF1"} and report["duplicated_genes"] == ["G0"]
     assert ready.layers["counts"].sum() == screen.X.sum() and ready.n_vars == 19
@@ -120,8 +120,7 @@ def test_drug_names_are_never_split():
 def test_controls_missing_in_one_context_of_a_batch_fall_back_to_the_context():
     screen = cells(n=300, plate=np.repeat(["a", "b"], 150))
     screen = screen[~((screen.obs["plate"] == "b") & (screen.obs["perturbation"] == "control"))].copy()
-    ready, _ = processed(screen)
-    assert np.isfinite(to_effects(ready).X).all()
+    assert np.isfinite(processed(screen)[0].X).all()
 
 
 def damaged(folder, case):
@@ -153,7 +152,7 @@ def test_bad_input_is_one_line(tmp_path, case):
     lines = done.stderr.strip().splitlines()
     assert done.returncode != 0 and len(lines) == 1 and EXPECTED[case] in lines[0], done.stderr
     assert "Traceback" not in done.stderr + done.stdout
-    left = [p for p in (tmp_path / "out").rglob("*") if p.is_file() and ("figures" in p.parts or "processed" in p.parts)]
+    left = [p for p in (tmp_path / "out").rglob("*") if p.is_file() and ("figures" in p.parts or "processed" in p.parts) and not p.name.endswith(".note.txt")]
     assert not left, left
 
 

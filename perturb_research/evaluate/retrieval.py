@@ -17,7 +17,7 @@ from scipy import sparse
 from scipy.stats import rankdata
 
 from ..core import Problem
-from ..data.splits import parts_of
+from ..data.labels import parts_of
 
 # %% ../../nbs/14_evaluate.retrieval.ipynb #00000006
 MASKS = 'none', 'own', 'all'

@@ -21,8 +21,7 @@ from rdkit.Chem import rdFingerprintGenerator
 from scipy import linalg, sparse
 
 from ..core import Problem
-from ..data.preprocess import condition_ids
-from ..data.splits import is_combo, parts_of
+from ..data.labels import condition_ids, is_combo, parts_of
 
 # %% ../../nbs/08_models.baselines.ipynb #00000006
 MODELS = {}
