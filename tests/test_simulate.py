@@ -1,7 +1,10 @@
 """The simulator: its equations against closed forms and sums, its sampling against its moments, its facts against public tables."""
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -223,3 +226,13 @@ def test_prior_has_the_stated_recall_and_precision(genes):
 
 def test_no_other_data_set_is_simulated():
     with pytest.raises(Problem, match="'dataset' is 'norman'"): effective({'dataset': 'norman'}, dataset=tuple(sim.PRESETS))
+
+
+def test_counts_do_not_hang_on_the_last_digit_of_a_processor():
+    "The same screen, to the bit, from another BLAS kernel and without the vector instructions that round differently."
+    program = ("import hashlib; from perturb_research.data import simulate as sim; s = sim.simulate_screen(sim.preset('sim'), 0)[0]; "
+               "print(hashlib.sha256(s.X.data.tobytes() + s.X.indices.tobytes() + '|'.join(s.obs['perturbation']).encode()).hexdigest())")
+    other = dict(OPENBLAS_CORETYPE="Prescott", NPY_DISABLE_CPU_FEATURES="AVX2 FMA3")
+    runs = [subprocess.Popen([sys.executable, "-c", program], env=os.environ | more, stdout=subprocess.PIPE, text=True) for more in ({}, other)]
+    (first, _), (second, _) = (run.communicate() for run in runs)
+    assert len(first) == 65 and first == second

@@ -25,7 +25,7 @@ from scipy.stats import nbinom, norm
 from ..core import generator, sha256
 
 # %% ../../nbs/01_data.simulate.ipynb #00000007
-SIMULATOR_VERSION = 1
+SIMULATOR_VERSION = 2
 COMMON = dict(
     regulators=300, programmes=40, lam=.25, zmax=1.3, kappa_mu=-.4, kappa_sd=1., prog_gain=2.4, prog_frac=.28, positive_loading=.75,
     out_med=60, out_sd=.9, positive_edge=.65, l_sd=1.4, b_mean=-2.2, b_sd=1.2, sys_frac=.6, feedback=.5, indirect=.3,
@@ -189,16 +189,15 @@ def draw_counts(net, states, delta, condition, response, batch, library, rng, bl
 
     Of each cell: its `condition` (a row of delta; -1: control), `response` (e), `batch` (a row of `states.batch`) and `library` (UMIs).
     """
-    delta = np.vstack([delta, np.zeros(delta.shape[1])]).astype(np.float32)
-    shape, blocks = (1 / states.dispersion).astype(np.float32), []
+    delta = np.vstack([delta, np.zeros(delta.shape[1])])
+    shape, blocks = 1 / states.dispersion, []
     phase, growth = rng.uniform(0, 2 * np.pi, len(condition)), rng.normal(size=len(condition))
-    fixed = np.column_stack([np.cos(phase), np.sin(phase), growth, np.log(library / 1e4)]).astype(np.float32)
-    effects = np.vstack([states.cycle, states.growth, np.ones(len(shape))]).astype(np.float32)
-    base = (net.expression + states.batch).astype(np.float32)
+    fixed = np.column_stack([np.cos(phase), np.sin(phase), growth, np.log(library / 1e4)])
+    effects, base = np.vstack([states.cycle, states.growth, np.ones(len(shape))]), net.expression + states.batch
     for start in range(0, len(condition), block):
         at = slice(start, start + block)
-        log_mean = base[batch[at]] + fixed[at] @ effects + response[at, None].astype(np.float32) * delta[condition[at]]
-        gamma = rng.standard_gamma(shape, size=log_mean.shape, dtype=np.float32) / shape
+        log_mean = np.round(base[batch[at]] + fixed[at] @ effects + response[at, None] * delta[condition[at]], 5)
+        gamma = rng.standard_gamma(shape, size=log_mean.shape) / shape
         blocks.append(sp.csr_matrix(rng.poisson(np.exp(log_mean) * gamma).astype(np.float32)))
     return sp.vstack(blocks, format='csr')
 
@@ -298,7 +297,7 @@ def design_screen(p, net, rng):
     "`(table, perturbed)`: conditions with their regulators a and b (-1: none) and whether each is `measured`; the regulators perturbed alone."
     profile = net.weights @ net.loadings
     profile = profile / np.maximum(np.linalg.norm(profile, axis=1, keepdims=True), 1e-12)
-    alike = profile @ profile.T
+    alike = np.round(profile @ profile.T, 9)  # regulators of one programme are equally alike on every processor
     grid = _grid(p, alike, rng)
     others = rng.choice(np.setdiff1d(np.arange(p['regulators']), grid), p['singles'] - p['grid'], replace=False)
     perturbed = rng.permutation(np.concatenate([grid, others]))
