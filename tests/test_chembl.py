@@ -474,3 +474,22 @@ def test_tahoes_drugs():
     found = found.set_index("drug")
     assert found.loc["(S)-Crizotinib", "targets"] == "NUDT1" and "ALK" in found.loc["Crizotinib (hydrochloride)", "targets"]
     assert found.loc["Rapamycin", "targets"] == "FKBP1A;MTOR" and "chembl_mechanisms: triamcinolone (CHEMBL1504)" in found.loc["Triamcinolone", "ambiguous_with"]
+
+
+def test_a_screen_without_structures_gets_them_by_name(small, tmp_path):
+    "03 finds what the names mean, 04 adds it to the effects and says so."
+    import anndata
+    screen = anndata.read_h5ad(small / "data/raw/sim_drugs/screen.h5ad")
+    screen.obs = screen.obs.drop(columns=[c for c in screen.obs if c in ("smiles", "targets")])
+    screen.uns.clear()
+    screen.uns["effect_scale"] = "mean_log1p"
+    screen.write_h5ad(tmp_path / "plain.h5ad")
+    for name in ("03_data.chembl", "04_data.preprocess"):
+        done = run_notebook(name, tmp_path / "out", dataset="plain", source=tmp_path / "plain.h5ad", profile="small")
+        assert done.returncode == 0, done.stderr[-2000:]
+    drugs = pd.read_csv(tmp_path / "out/data/processed/plain/drugs.csv", keep_default_na=False).set_index("drug")
+    obs = anndata.read_h5ad(tmp_path / "out/data/processed/plain/effects.h5ad").obs
+    known = obs["perturbation"].isin(drugs.index[drugs["smiles"] != ""])
+    assert known.any() and not known.all() and (obs["smiles"].astype(str) != "").equals(known)
+    assert (obs.loc[known, "smiles"].astype(str) == drugs["smiles"].reindex(obs.loc[known, "perturbation"].astype(str)).to_numpy()).all()
+    assert '"filled_from_drugs": {\n  "smiles": ' in (tmp_path / "out/data/processed/plain/preprocess.json").read_text()

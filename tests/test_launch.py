@@ -170,3 +170,11 @@ def test_differences_sees_what_matters(tmp_path):
         b.write_text(text)
         assert (differences(a, b) == []) == same, text
     assert _number("nan") is not None and steps("mine")
+
+
+def test_what_is_said_about_columns_to_preprocess_goes_to_chembl_too():
+    from perturb_research.launch import overrides
+    said = overrides("preprocess.perturbation=target preprocess.min_cells=5", ROOT)
+    assert said == {"04_data.preprocess": {"perturbation": "target", "min_cells": 5}, "03_data.chembl": {"perturbation": "target"}}
+    assert overrides("preprocess.kind=drug chembl.kind=stimulus", ROOT)["03_data.chembl"] == {"kind": "stimulus"}
+    assert "03_data.chembl" not in overrides("preprocess.min_cells=5", ROOT)
