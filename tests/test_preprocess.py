@@ -152,7 +152,7 @@ def test_bad_input_is_one_line(tmp_path, case):
     lines = done.stderr.strip().splitlines()
     assert done.returncode != 0 and len(lines) == 1 and EXPECTED[case] in lines[0], done.stderr
     assert "Traceback" not in done.stderr + done.stdout
-    left = [p for p in (tmp_path / "out").rglob("*") if p.is_file() and ("figures" in p.parts or "processed" in p.parts) and not p.name.endswith(".note.txt")]
+    left = [p for p in (tmp_path / "out").rglob("[!.]*") if p.is_file() and ("figures" in p.parts or "processed" in p.parts) and not p.name.endswith(".note.txt")]
     assert not left, left
 
 
