@@ -161,7 +161,7 @@ def write(self:Run, path):
 def note(self:Run, text, slug=None):
     "Print and record `text`; with `slug`, leave it where that figure would have been."
     print(text)
-    self.notes.append(text)
+    if text not in self.notes: self.notes.append(text)
     if not slug: return
     for stale in self.figures.glob(f'{slug}.*'): stale.unlink()
     with self.write(self.figures/f'{slug}.note.txt') as tmp: tmp.write_text(text + '\n', encoding='utf-8')

@@ -146,7 +146,7 @@ def _unknown(name):
     "The refusal of a name that is no screen."
     if reader := readers().get(name):
         if reader == 'service': return Refused(f"DATASET={name}: is a service on the web, not a screen")
-        return Refused(f"DATASET={name}: is a table, not a screen; fetch it with .venv/bin/papermill nbs/02_data.download.ipynb runs/out.ipynb --cwd nbs -p dataset {name}")
+        return Refused(f"DATASET={name}: is a table, not a screen; fetch it with: mkdir -p runs && {sys.executable} -m papermill nbs/02_data.download.ipynb runs/out.ipynb --cwd nbs -p dataset {name}")
     near = difflib.get_close_matches(name, [*EMBEDDED, *public()], 3)
     return Refused(f"DATASET={name}: no such screen; " + (f"did you mean {' or '.join(near)}? " if near else '') + f"expected {', '.join(EMBEDDED)}, a name in data/manifest.csv or a file such as /path/to/my_screen.h5ad")
 

@@ -111,6 +111,16 @@ def test_cells_without_a_label_are_left_out_and_counted(tmp_path):
     assert '"cells_without_label": 9' in (tmp_path / "out/data/processed/my_screen/preprocess.json").read_text()
 
 
+def test_labels_that_differ_from_a_gene_in_case_alone_are_that_gene():
+    "Else the target would count as not measured, and not be hidden where targets are."
+    screen = cells(n=120, targets=("control", "stat1", "Jak2", "STAT1", "stat1+JAK2", "stat1"))
+    screen.var_names = ["STAT1", "JAK2", *screen.var_names[2:]]
+    table, report = describe(screen)
+    assert set(table["perturbation"]) == {"control", "STAT1", "JAK2", "JAK2+STAT1"} and report["merged"]["Jak2"] == "JAK2"
+    drugs, _ = describe(cells(column="drug", targets=("DMSO", "g1", "G2"), dose=1.0))
+    assert {"g1", "G2"} <= set(drugs["perturbation"])  # a drug's name is no gene
+
+
 def test_drug_names_are_never_split():
     screen = cells(column="drug", targets=("DMSO", "sulfamethoxazole+trimethoprim", "A_B", "trimethoprim"), dose=1.0)
     table, _ = describe(screen)

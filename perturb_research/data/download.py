@@ -113,6 +113,10 @@ def _remember(cache, source, entry):
     with FileLock(cache/'.first_seen.lock'):
         write_json(cache/'first_seen.json', _seen(cache) | {source.name: dict(url=source.url, hash=source.hash) | entry})
 
+def _forget(cache, source):
+    "Remove the entry for `source`."
+    with FileLock(cache/'.first_seen.lock'): write_json(cache/'first_seen.json', {k: v for k, v in _seen(cache).items() if k != source.name})
+
 def _print_of(path):
     "Size and time of a file: as long as both stay, it counts as unchanged."
     return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
@@ -382,6 +386,7 @@ def modality(file, name, target, source):
     "Write the modality `name` of the MuData `file` as the h5ad file `target`, whole or not at all."
     try:
         with h5py.File(file, 'r') as inside:
+            if 'mod' not in inside: raise Problem(f"{source.name}: {file.name} is no MuData file (it has no group 'mod'); remove it and put the right one there")
             if f'mod/{name}' not in inside: raise Problem(f"{source.name}: {file.name} has no modality {name!r}; it has: {', '.join(inside.get('mod', {}))}")
             group = inside[f'mod/{name}']
             with _full_disk(source, target.parent), whole(target) as tmp, h5py.File(tmp, 'w') as alone:
@@ -412,6 +417,10 @@ def obtain(name, cache=None, mirror=None, listed=None, patience=Patience(), disk
     source, cache = named(name, listed), Path(cache or cache_folder())
     if not source.is_screen: raise Problem(f"dataset {name!r}: is a {source.kind} file, not a screen; get it with fetch or notebook 02")
     for table in BESIDE.get(source.kind, ()): fetch(table, cache, mirror, listed, patience, disk)
-    path = _unpacked(source, fetch(name, cache, mirror, listed, patience, disk), cache, disk)
+    seen, file = bool(_recall(cache, source)), fetch(name, cache, mirror, listed, patience, disk)
+    try: path = _unpacked(source, file, cache, disk)
+    except Problem:
+        if source.hash == 'first-seen' and not seen: _forget(cache, source)  # what cannot be read is not what later files are held to
+        raise
     return dict(name=name, path=str(path), reader='parquet' if source.kind == 'parquet' else 'h5ad', columns=source.roles, sha256=_recall(cache, source)['sha256'],
                 licence=source.licence, citation=source.citation, url=source.url)

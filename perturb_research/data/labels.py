@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'CONTROLS', 'MISSING', 'TYPES', 'UNITS', 'CONDITION', 'plain', 'control_labels', 'distinct_rows',
            'find_columns', 'merge_spellings', 'split_labels', 'perturbation_type', 'number', 'dose_texts', 'describe',
-           'nothing_found', 'parts', 'parts_of', 'is_combo', 'condition_ids']
+           'usable_hints', 'nothing_found', 'parts', 'parts_of', 'is_combo', 'condition_ids']
 
 # %% ../../nbs/02b_data.labels.ipynb #00000003
 import re
@@ -98,16 +98,18 @@ def merge_spellings(labels, weights=None):
 
 # %% ../../nbs/02b_data.labels.ipynb #00000016
 def split_labels(labels, genes, genetic):
-    "Rename labels: combinations as sorted genes joined by '+', controls as 'control'; a dict for the labels (str) given."
-    labels = sorted(set(labels))
+    "Rename labels: combinations as sorted genes joined by '+', a gene as `genes` spell it, controls as 'control'; a dict for the labels (str) given."
+    labels, measured = sorted(set(labels)), set(map(str, genes))
+    spelt = {gene.casefold(): gene for gene in sorted(measured)}
+    spell = lambda part: part if part in measured else spelt.get(part.casefold(), part)
     controls = control_labels(labels)
-    known = {*genes, *(x for x in labels if not re.search(r'[+_]', x))}
+    known = {*measured, *(x for x in labels if not re.search(r'[+_]', x))}
     is_known = lambda part: part in known or bool(control_labels([part]))
     renamed = {}
     for label in labels:
         parts = next((p for p in (label.split('+'), label.split('_')) if len(p) > 1 and all(map(is_known, p))), None)
         if not parts and genetic and '+' in label: parts = label.split('+')
-        kept = sorted({p.strip() for p in parts or [label] if not control_labels([p])})
+        kept = sorted({spell(p.strip()) for p in parts or [label] if not control_labels([p])})
         renamed[label] = 'control' if label in controls or not kept else '+'.join(kept)
     return renamed
 
@@ -173,6 +175,7 @@ def describe(screen, chosen=None, kind='', own_control=''):
     is_drug = types.isin(['drug', 'stimulus']) & treated
     genetic = bool(types[treated].isin(['CRISPRa', 'CRISPRi', 'knockout', 'knockdown']).all())
     renamed = split_labels(labels[~is_drug].unique(), screen.var_names, genetic)
+    merged |= {old: new for old, new in renamed.items() if old != new and old.casefold() == new.casefold() != 'control'}
     table = pd.DataFrame({'perturbation': labels.where(is_drug, labels.map(renamed)), 'perturbation_type': types, 'context': text('context', 'unknown').replace('', 'unknown')})
     table['dose'], unreadable = _doses(obs, found.get('dose'), types.eq('drug') & treated)
     table['time_h'] = text('time_h', '').map(number).astype(float)
@@ -207,6 +210,11 @@ def _doses(obs, column, dosed):
     texts = dose_texts(obs, column)[dosed]
     doses[dosed] = texts.map({t: number(t, UNITS) for t in texts.unique()})
     return doses, sorted(set(texts[doses[dosed].isna()]) - {''})
+
+def usable_hints(hints, obs):
+    "Those of a source's `hints` (role: column; kind; control) that fit the table `obs`."
+    fits = {role: name for role, name in hints.items() if role in ('kind', 'control') or name in obs}
+    return fits if fits.get('perturbation') == hints.get('perturbation') else {role: name for role, name in fits.items() if role != 'control'}
 
 def nothing_found(obs):
     "What was seen, for a screen in which no column can be the perturbation."

@@ -85,13 +85,13 @@ def confounding(groups, by=('perturbation', 'context'), limit=.5):
     `groups`: perturbation, context, batch, is_control, n_cells (and dose ... if in `by`). Columns: cells, batches, batches_with_controls,
     uncontrolled (share of cells in batches without a control of the context), top_batch, top_share, expected_share (of all cells, in that
     batch), distance, chance, excess, and `verdict`: 'without controls' (more than half of the cells), 'one batch' (of several, and the odds of
-    that by chance are under 1 %), 'uneven' (excess >= limit), else 'balanced'.
+    that by chance are under 1 %), 'uneven' (excess >= limit), 'one cell' (or profile: nothing can be said), else 'balanced'.
     """
     found = [_over_batches(cells, list(by)) for _, cells in groups[groups['n_cells'] > 0].groupby('context', observed=True)]
     table = pd.concat(found, ignore_index=True)
     uneven = table['excess'] >= limit
     single = (table['batches'] == 1) & (table['expected_share'] ** table['cells'] < .01)
-    table['verdict'] = np.select([table['uncontrolled'] > .5, single, uneven], ['without controls', 'one batch', 'uneven'], 'balanced')
+    table['verdict'] = np.select([table['uncontrolled'] > .5, single, uneven, table['cells'] < 2], ['without controls', 'one batch', 'uneven', 'one cell'], 'balanced')
     return table.sort_values(['excess', 'cells'], ascending=False, kind='stable').reset_index(drop=True)
 
 # %% ../../nbs/04a_data.quality.ipynb #00000019

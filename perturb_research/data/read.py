@@ -217,7 +217,7 @@ _LAYERS = 'counts', 'mean', 'half1', 'half2'
 
 def _must_fit(path, size, limit):
     "Refuse a file of `size` bytes in memory that can only be read as a whole."
-    if size > limit: raise Problem(f"{path.name}: takes {size / 1e9:.1f} GB in memory and this format is only read as a whole; convert it to .h5ad, "
+    if size > limit: raise Problem(f"{path.name}: takes {size / 1e9:.3g} GB in memory and this format is only read as a whole; convert it to .h5ad, "
                                    f"or allow it with SET='preprocess.in_memory_gb={size / 1e9 + 1:.0f}'")
 
 def _read_anndata(path, limit, wanted, tables):
@@ -290,7 +290,7 @@ def _beside(path, names, tables, what):
     for folder in folders:
         for file in (place for name in names for place in (folder/name, folder/Path(name).stem/name)):  # the second: as 02 keeps downloads
             if file.is_file(): return file
-    raise Problem(f"{path.name}: needs {what}, {' or '.join(names[:3])}; it is not in {', '.join(f.name or str(f) for f in folders)}; "
+    raise Problem(f"{path.name}: needs {what}, {' or '.join(names[:3])}; it is not in {' or '.join(dict.fromkeys(map(str, folders)))}; "
                   "put it beside the file or name its folder with SET='preprocess.tables=...'")
 
 # %% ../../nbs/02a_data.read.ipynb #00000026
@@ -532,6 +532,7 @@ def read_screen(path, in_memory_gb=2., tables=None, genes=None, wanted=()):
     if genes:
         with reading(genes): genes = _frame(Path(genes), limit)
     screen.var_names = symbols(screen.var, genes if isinstance(genes, pd.DataFrame) else None, path.name)
+    screen.obs.index.name, screen.var.index.name = (table.index.name or None for table in (screen.obs, screen.var))  # '' cannot be written
     return screen
 
 def read_labels(path, in_memory_gb=2., **given):
