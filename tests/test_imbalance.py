@@ -187,6 +187,7 @@ def test_notebook_without_cells_leaves_notes_and_bad_parameters_one_line(tmp_pat
     folder = tmp_path / "data" / "processed" / "toy"
     folder.mkdir(parents=True)
     ad.AnnData(np.ones((2, 3), np.float32), obs, uns={"simulated": False}).write_h5ad(folder / "effects.h5ad")
+    (folder / "preprocess.json").write_text('{"values": "effects"}')
     done = run_notebook("04b_data.imbalance", tmp_path, dataset="toy", profile="small")
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list((tmp_path / "figures" / "toy").glob("*.note.txt"))) == 4
