@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'CONTROLS', 'MISSING', 'TYPES', 'UNITS', 'CONDITION', 'plain', 'control_labels', 'distinct_rows',
-           'find_columns', 'merge_spellings', 'split_labels', 'perturbation_type', 'number', 'dose_texts', 'describe',
-           'usable_hints', 'nothing_found', 'parts', 'parts_of', 'is_combo', 'condition_ids']
+           'find_columns', 'merge_spellings', 'split_labels', 'perturbation_type', 'drug_doses', 'number', 'dose_texts',
+           'describe', 'usable_hints', 'nothing_found', 'parts', 'parts_of', 'is_combo', 'condition_ids']
 
 # %% ../../nbs/02b_data.labels.ipynb #00000003
+import ast
 import re
 
 import numpy as np
@@ -132,10 +133,16 @@ def _infer_type(obs, found, labels):
 # %% ../../nbs/02b_data.labels.ipynb #00000021
 UNITS = {'': 1., 'um': 1., 'µm': 1., 'μm': 1., 'nm': 1e-3, 'mm': 1e3, 'm': 1e6}
 
+def drug_doses(text):
+    "The `(name, µM)` pairs in a text such as Tahoe's `[('Adagrasib', 0.05, 'uM')]`; names without blanks around them."
+    try: return [(name.strip(), float(value) * UNITS[unit.lower()]) for name, value, unit in ast.literal_eval(text)]
+    except (ValueError, SyntaxError, TypeError, KeyError, AttributeError):
+        raise Problem(f"treatment {text!r}: is not a list of (name, dose, unit); expected a text such as [('Adagrasib', 0.05, 'uM')]") from None
+
 def number(text, units=None):
     "The number in `text`, in µM with `units=UNITS`; NaN if there is none, or several that differ; an unknown unit is refused."
     text = str(text).strip()
-    if text.startswith('[('): parts = [f'{value} {unit}' for value, unit in re.findall(r",\s*([\d.e+-]+),\s*'(\w*)'\s*\)", text)]  # Tahoe: [('Adagrasib', 0.05, 'uM')]
+    if text.startswith('[('): parts = [f'{value} uM' for _, value in drug_doses(text)]
     else: parts = text.split('+') if re.fullmatch(r'[^+]*\d[^+]*(\+[^+]*\d[^+]*)+', text) and 'e+' not in text.lower() else [text]  # a dose a part: 1+1
     values = {_one_number(part, units) for part in parts}
     return values.pop() if len(values) == 1 else np.nan

@@ -89,10 +89,10 @@ def _place_within(code, rng):
     return place
 
 def sample_rows(obs, rows, n, rng):
-    "A mask of at most `n` of the `rows` (a mask): the same number from every condition, and from the controls of every context, that has as many."
+    "A mask of about `n` of the `rows` (a mask), at least one each: the same number from every condition, and from the controls of every context, that has as many."
     few, code = distinct_rows(obs[['condition', 'context']])
     code, sizes = code[rows], np.bincount(code[rows], minlength=len(few))
-    share = max(k for k in range(sizes.max() + 1) if np.minimum(sizes, k).sum() <= n)
+    share = max(k for k in range(1, sizes.max() + 1) if k == 1 or np.minimum(sizes, k).sum() <= n)  # one of each at least
     kept = rows.copy()
     kept[rows] = _place_within(code, rng) < share
     return kept
@@ -138,7 +138,6 @@ class Block:
 
 def block_totals(X, where):
     "Sum of each row of a block, float64."
-    check_block(X, where)
     return np.asarray(X.sum(1, dtype=np.float64)).ravel()
 
 def enough(totals, kind, min_counts):
