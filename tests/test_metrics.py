@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from scipy.spatial.distance import cdist
 from sklearn import metrics as sk
 
 from perturb_research.core import Problem
-from perturb_research.evaluate.metrics import METRICS, beats_mean, centroid_accuracy, perturbation_mean, relative_l2, score
+from perturb_research.evaluate.metrics import METRICS, Choices, Metric, beats_mean, centroid_accuracy, constant, described, discrimination, distances, perturbation_mean, placed, relative_l2, score, spearman
 
 warnings.simplefilter('error')
 rng = np.random.default_rng(7)
@@ -49,6 +50,19 @@ def test_parity(name):
 def test_spearman_shares_ranks_of_ties():
     tied = np.round(PREDICTED)
     np.testing.assert_allclose(wide(tied)['spearman'], [stats.spearmanr(p, t)[0] for p, t in zip(tied, TRUTH)], rtol=1e-6)
+
+
+def test_ranks_of_rows_with_and_without_ties():
+    mixed = PREDICTED.copy()
+    mixed[::3] = np.round(mixed[::3])
+    mixed[0] = 1
+    np.testing.assert_allclose(spearman(mixed[1:], TRUTH[1:]), [stats.spearmanr(p, t)[0] for p, t in zip(mixed[1:], TRUTH[1:])], rtol=1e-12)
+    assert spearman(mixed, TRUTH)[0] == 0
+
+
+def test_constant_up_to_single_precision():
+    assert constant(np.array([[0., 0, 0], [.1, .1, .1], [1e9, 1e9, 1e9], [0, 0, 1e-9], [1, 1, 1.1]])).tolist() == [True, True, True, False, False]
+    assert constant((np.full(50, .1, dtype='float32') + np.float32(.2)).astype(float) - np.float32(.2))
 
 
 def test_centroid_accuracy_by_hand():
@@ -154,6 +168,54 @@ def test_centroid_accuracy_of_equal_candidates():
     assert centroid_accuracy(np.ones((3, 4)), np.ones((3, 4)), np.ones((3, 4)), np.arange(3)).tolist() == [.5] * 3
 
 
+def by_place(d, ties, denominator):
+    "1 - place of the diagonal in each row of distances, one row at a time."
+    values = []
+    for i, row in enumerate(d):
+        others = np.delete(row, i)
+        values.append(1 - ((others < row[i]).sum() + (.5 if ties == 'half' else 1) * (others == row[i]).sum()) / (len(others) + (denominator == 'all')))
+    return values
+
+
+@pytest.mark.parametrize('denominator', ['others', 'all'])
+@pytest.mark.parametrize('ties', ['half', 'lose'])
+@pytest.mark.parametrize('fixed', ['prediction', 'reference'])
+@pytest.mark.parametrize('distance, metric', [('l1', 'cityblock'), ('l2', 'euclidean'), ('cosine', 'cosine')])
+def test_every_way_to_place_a_condition(distance, metric, fixed, ties, denominator):
+    p, t = np.round(PREDICTED[:, :4]), np.round(TRUTH[:, :4]) + .5  # whole and half numbers: many ties, exact in l1
+    p[3] = p[7]
+    t[9] = t[12]
+    d = np.round(cdist(p, t, metric) if fixed == 'prediction' else cdist(t, p, metric), 10)
+    d[np.isnan(d)] = 1  # SciPy has no angle to a zero vector
+    got = discrimination(p, t, distance=distance, fixed=fixed, ties=ties, denominator=denominator)
+    np.testing.assert_allclose(got, by_place(d, ties, denominator), rtol=1e-12)
+
+
+@pytest.mark.parametrize('distance, metric', [('l1', 'cityblock'), ('l2', 'euclidean'), ('cosine', 'cosine')])
+def test_genes_left_out_of_a_distance(distance, metric):
+    own = np.zeros((N, G), dtype=bool)
+    own[np.arange(N), np.arange(N)] = True
+    own[0] = False  # a drug
+    own[1, :9] = True
+    expected = [cdist(p[None, ~out], TRUTH[:, ~out], metric)[0] for p, out in zip(PREDICTED, own)]
+    np.testing.assert_allclose(distances(PREDICTED, TRUTH, distance, own), expected, rtol=1e-9, atol=1e-12)
+    spiked = PREDICTED + 1e6 * own  # whatever a left-out gene holds, nothing moves
+    np.testing.assert_allclose(distances(spiked, TRUTH, distance, own), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(distances(PREDICTED, TRUTH, distance, own.any(0)), cdist(PREDICTED[:, ~own.any(0)], TRUTH[:, ~own.any(0)], metric), rtol=1e-12)
+    assert (discrimination(PREDICTED, TRUTH, distance=distance, removed=np.ones(G, dtype=bool)) == .5).all()
+    assert (discrimination(PREDICTED, TRUTH, distance=distance, removed=np.ones((N, G), dtype=bool)) == .5).all()
+
+
+def test_centroid_accuracy_is_one_of_them():
+    np.testing.assert_allclose(wide(PREDICTED)['centroid_accuracy'], discrimination(PREDICTED, TRUTH), rtol=1e-12)
+
+
+def test_placed_among_nobody_and_unknown_choices():
+    assert placed(np.zeros((1, 1)), 0, [True], denominator='all').tolist() == [.5] == placed(np.zeros((1, 0)), 0, [False]).tolist()
+    for change in (dict(ties='win'), dict(denominator='most'), dict(distance='l3'), dict(fixed='both')):
+        with pytest.raises(Problem, match=next(iter(change.values()))): discrimination(PREDICTED, TRUTH, **change)
+
+
 def test_one_vote_each_perturbation():
     obs = pd.DataFrame({'perturbation': pd.Categorical(list('AAAB'), categories=list('ABC'))}, index=list('1234'))
     assert perturbation_mean(ad.AnnData(np.array([[0.], [3], [6], [10]], dtype='float32'), obs=obs)).tolist() == [6.5]
@@ -191,4 +253,13 @@ def test_refused_in_one_line(says, change):
 def test_names_choose_and_order():
     assert table(PREDICTED, names=['pearson', 'l2'])['metric'].tolist()[:4] == ['pearson', 'l2'] * 2
     assert set(table(PREDICTED)['metric']) == set(METRICS)
-    assert all(m.formula and m.range and m.degenerate and m.source for m in METRICS.values())
+
+
+def test_every_name_stands_for_ten_choices():
+    table = described(METRICS.values())
+    assert list(table.index) == list(METRICS) and set(Choices._fields) < set(table.columns) and len(Choices._fields) == 10
+    assert table.notna().all(axis=None) and (table[[*Choices._fields, 'formula', 'range', 'source']] != '').all(axis=None)
+    assert not table.duplicated(['formula', *Choices._fields]).any(), "no two names for one number"
+    assert all(m.degenerate == m.choices.degenerate and m.needs == 'effects' and m.per == 'condition' for m in METRICS.values())
+    assert (table.loc[table.index.str.endswith('_centred'), 'centring'] == 'training perturbation mean').all()
+    with pytest.raises(AttributeError): Metric('a', None, '', True, 1., '', '').name = 'b'
