@@ -1,15 +1,17 @@
 # make figures   every figure of the embedded screens, or of your own file: DATASET=/path/to/my_screen.h5ad
+#                ... with your own model in them: DATASET=norman PREDICTIONS=/path/to/my_model.h5ad
 # make verify    do the committed figures' numbers come out again?
 # make test      everything that is tested        make lab    JupyterLab        make clean    remove what runs made
 # PYTHON=...     use this environment (made from environment.yml, say) and make none
 
 SHELL := /bin/sh
 DATASET ?=
+PREDICTIONS ?=
 NAME ?=
 SET ?=
 PROFILE ?=
 CORES ?=
-export DATASET NAME SET PROFILE CORES
+export DATASET PREDICTIONS NAME SET PROFILE CORES
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 ifdef PYTHON
@@ -22,13 +24,13 @@ endif
 .PHONY: figures verify test lab clean environment
 
 figures: environment
-	@"$(PYTHON)" -m perturb_research.launch figures --dataset "$$DATASET" --name "$$NAME" --set "$$SET" --profile "$$PROFILE" $${CORES:+--cores "$$CORES"}
+	@"$(PYTHON)" -m perturb_research.launch figures --dataset "$$DATASET" --predictions "$$PREDICTIONS" --name "$$NAME" --set "$$SET" --profile "$$PROFILE" $${CORES:+--cores "$$CORES"}
 
 verify: environment
 	@"$(PYTHON)" -m perturb_research.launch verify $${CORES:+--cores "$$CORES"}
 
 test: environment
-	@"$(PYTHON)" -m pytest tests -q -o cache_dir=runs/.pytest_cache
+	@"$(PYTHON)" -m pytest tests -q -n 2 --dist worksteal -o cache_dir=runs/.pytest_cache
 
 lab: environment
 	@"$(PYTHON)" -m jupyterlab --notebook-dir nbs

@@ -1,6 +1,7 @@
 # The order of work. Every notebook is one rule: it runs again when the notebook, a library module that it
 # imports, an upstream result or a parameter changed. `perturb_research.launch` writes the request and calls this.
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -22,6 +23,11 @@ def parameters(screen, step):
     return {k: v for k, v in given.items() if k in known} | config["changes"].get(step, {})
 
 
+def escaped(paths):
+    "Paths as Snakemake takes them, braces being wildcards."
+    return [p.replace("{", "{{").replace("}", "}}") for p in paths if p]
+
+
 def label(screen, step):
     "The line that says that a step begins; a download says where to watch it."
     watch = f"  (watch it: tail -f {Path.cwd()}/runs/{screen['id']}/{step}.log)" if step == "02_data.download" else ""
@@ -40,7 +46,7 @@ for screen, step, before in ALL:
             modules=modules_of(ROOT / "nbs" / f"{step}.ipynb", ROOT),
             before=[done(screen["id"], b) for b in before],
             manifest=[str(ROOT / "data" / "manifest.csv")] if step == "02_data.download" else [],
-            source=[screen["source"].replace("{", "{{").replace("}", "}}")] if "source" in parameters(screen, step) and screen["source"] else [],
+            source=escaped([parameters(screen, step).get("source", ""), *shlex.split(parameters(screen, step).get("predictions", ""))]),
         output:
             done=done(screen["id"], step),
             figures=directory(f"data/results/{screen['id']}/figures/{step}"),

@@ -57,4 +57,5 @@ def nothing(ax, text):
 
 # %% ../nbs/00a_style.ipynb #00000011
 STRATA = {'combo_seen2': PALETTE['blue'], 'combo_seen1': PALETTE['sky'], 'combo_seen0': PALETTE['purple'], 'single_unseen': PALETTE['orange'],
-          'drug_unseen': PALETTE['orange'], 'context_unseen': PALETTE['green'], 'replicate': PALETTE['black']}
+          'drug_unseen': PALETTE['orange'], 'context_unseen': PALETTE['green'], 'replicate': PALETTE['black'], 'scaffold_unseen': PALETTE['vermilion'],
+          'target_unseen': PALETTE['purple'], 'mechanism_unseen': PALETTE['sky'], 'pair_unseen': PALETTE['yellow'], 'dose_unseen': PALETTE['blue'], 'time_unseen': '#7a4a00'}

@@ -1,5 +1,6 @@
 "Helpers that several test files use."
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from filelock import FileLock
+
+from perturb_research.launch import export
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # real screens; tests on them run where the folder is present
@@ -38,10 +42,21 @@ def cells(n=60, genes=20, column="perturbation", targets=("control", "KLF1", "AH
     return ad.AnnData(sp.csr_matrix(rng.poisson(3, (n, genes)).astype(np.float32)), obs, pd.DataFrame(index=[f"G{i}" for i in range(genes)]))
 
 
+def pytest_sessionstart(session):
+    "Export once, before several workers read what is exported."
+    if not hasattr(session.config, "workerinput"): export(ROOT)
+
+
 @pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    "The whole main job on both embedded screens in the small profile, in a folder of its own."
-    out = tmp_path_factory.mktemp("small")
-    done = launch(out, "figures", "--profile", "small")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out
+def small(tmp_path_factory, worker_id):
+    "The whole main job on both embedded screens in the small profile: made once, a copy for each worker."
+    base = tmp_path_factory.getbasetemp()
+    made = (base if worker_id == "master" else base.parent) / "made_small"
+    with FileLock(made.with_suffix(".lock")):
+        if not made.exists():
+            done = launch(made.with_suffix(".new"), "figures", "--profile", "small")
+            assert done.returncode == 0, done.stdout + done.stderr
+            made.with_suffix(".new").rename(made)
+    own = tmp_path_factory.mktemp("small") / "out"
+    shutil.copytree(made, own)
+    return own

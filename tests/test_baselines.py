@@ -41,7 +41,7 @@ def drugs(lines=4, doses=(.1, 1., 10.), seed=0):
     rng = generator(seed, 'drugs')
     obs = [(s, f'line{c}', d) for s in SMILES for c in range(lines) for d in doses]
     name, context, dose = map(list, zip(*obs))
-    follows = baselines.fingerprints(pd.DataFrame({'smiles': name})) @ rng.normal(size=(1024, 40))
+    follows = baselines.structures(pd.DataFrame({'smiles': name})) @ rng.normal(size=(1024, 40))
     line = {f'line{c}': 1 + .2 * rng.normal(size=40) for c in range(lines)}
     effects = follows * np.array([line[c] for c in context]) * (1 + np.log10(dose))[:, None] + .1 * rng.normal(size=(len(obs), 40))
     return screen([f'drug{SMILES.index(s)}' for s in name], effects, context, 'drug', dose, smiles=name, targets=[f'G{SMILES.index(s)};G30' for s in name])

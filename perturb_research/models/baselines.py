@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'COLUMNS', 'PENALTIES', 'register', 'checked', 'Model', 'names_of', 'votes', 'NoChange', 'Mean',
            'ContextMean', 'log_dose', 'single_rows', 'additive_weights', 'nothing_to_add', 'examples', 'Additive',
            'ScaledAdditive', 'spectrum', 'left_out', 'mean_length', 'dual', 'leading', 'folds', 'best_penalty',
-           'fingerprints', 'part_columns', 'Ridge', 'hit_genes', 'Linear', 'LatentShift', 'cosine',
+           'structures', 'part_columns', 'Ridge', 'hit_genes', 'Linear', 'LatentShift', 'cosine',
            'structure_similarity', 'context_similarity', 'similarity', 'incomparable', 'most_similar', 'averaged',
            'Nearest', 'squared_distances', 'shrunk_slopes', 'interaction_kernel', 'InteractionKernel',
            'SimilarityKernel', 'Kernel', 'candidates']
@@ -16,11 +16,10 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
-from rdkit import Chem, rdBase
-from rdkit.Chem import rdFingerprintGenerator
 from scipy import linalg, sparse
 
 from ..core import Problem
+from ..data.chembl import fingerprints
 from ..data.labels import condition_ids, is_combo, parts_of
 
 # %% ../../nbs/08_models.baselines.ipynb #00000006
@@ -64,6 +63,9 @@ class Model:
         return np.asarray(self.effects(checked(conditions)), dtype=np.float32)
 
     def learn(self, val): pass
+
+    def var(self, conditions):
+        "Variance of the predicted effects, shaped as they are, where the model states one for all of `conditions`; else None."
 
 # %% ../../nbs/08_models.baselines.ipynb #00000009
 def names_of(conditions):
@@ -242,16 +244,11 @@ def best_penalty(V, w, Y, groups, size=200):
     return float(tens[np.argmin(lengths)]), min(lengths) / max(mean_length(Y), 1e-12)
 
 # %% ../../nbs/08_models.baselines.ipynb #00000034
-def fingerprints(conditions, radius=2, bits=1024):
+def structures(conditions, bits=1024):
     "Morgan fingerprints (rows, bits), float; zeros where column `smiles` is missing or cannot be parsed."
-    found = np.zeros((len(conditions), bits))
-    if 'smiles' not in conditions: return found
-    make = rdFingerprintGenerator.GetMorganGenerator(radius=radius, fpSize=bits)
-    text = conditions['smiles'].astype(object).where(conditions['smiles'].notna(), '').astype(str).to_numpy()
-    with rdBase.BlockLogs():
-        for smiles in sorted(set(text) - {'', 'nan'}):
-            if (molecule := Chem.MolFromSmiles(smiles)) is not None: found[text == smiles] = make.GetFingerprintAsNumPy(molecule)
-    return found
+    if 'smiles' not in conditions: return np.zeros((len(conditions), bits))
+    code, smiles = pd.factorize(conditions['smiles'].astype(object).where(conditions['smiles'].notna(), ''))
+    return fingerprints(smiles, bits=bits)[code].astype(float)
 
 def part_columns(conditions, names):
     "Indicator columns (rows, names): which of `names` is a part of the row's perturbation."
@@ -272,10 +269,10 @@ class Ridge(Model):
         context = conditions['context'].astype(str).to_numpy()[:, None] == contexts[None]
         count = [len(mine) - 1 for mine in parts_of(conditions)]
         blocks = [np.c_[count], part_columns(conditions, parts), context, np.c_[log_dose(conditions) - dose]]
-        return np.hstack(blocks + [fingerprints(conditions) * scale] * bool(scale)).astype(float)
+        return np.hstack(blocks + [structures(conditions) * scale] * bool(scale)).astype(float)
 
     def learn(self, val):
-        bits = fingerprints(self.train).sum(1).mean()
+        bits = structures(self.train).sum(1).mean()
         self.levels = (sorted({p for mine in parts_of(self.train) for p in mine}), np.unique(self.train['context'].astype(str)),
                        log_dose(self.train).mean(), 1 / np.sqrt(bits) if bits else 0)
         features, Y = self.features(self.train), self.X - self.average
@@ -348,7 +345,7 @@ def cosine(A, B):
 def structure_similarity(a, b):
     "Tanimoto similarity (rows of `a`, rows of `b`) of fingerprints; 1 for the same perturbation, 0 where a structure is missing."
     (first, i), (second, j) = (np.unique(names_of(c), return_index=True, return_inverse=True)[1:] for c in (a, b))
-    A, B = fingerprints(a.iloc[first]), fingerprints(b.iloc[second])
+    A, B = structures(a.iloc[first]), structures(b.iloc[second])
     shared = A @ B.T
     tanimoto = shared / np.maximum(A.sum(1)[:, None] + B.sum(1) - shared, 1)
     same = names_of(a.iloc[first])[:, None] == names_of(b.iloc[second])
@@ -378,8 +375,8 @@ def similarity(a, b, contexts):
 
 def incomparable(train, conditions):
     "Why no similarity between `conditions` and `train` (DataFrames) is known, one line; '' if there is one."
-    structures = all('smiles' in c and fingerprints(c).any() for c in (train, conditions))
-    return '' if structures or not nothing_to_add(train, conditions) else 'no combinations, structures or second context to measure similarity by'
+    drawn = all('smiles' in c and structures(c).any() for c in (train, conditions))
+    return '' if drawn or not nothing_to_add(train, conditions) else 'no combinations, structures or second context to measure similarity by'
 
 # %% ../../nbs/08_models.baselines.ipynb #00000050
 def most_similar(alike, most):
@@ -472,7 +469,17 @@ class InteractionKernel(Additive):
         (length, penalty, scale, V, w), unit = interaction_kernel(self.A, rest)
         self.hyperparameters = dict(slope_shrinkage=shrinkage, mean_slope=float(self.slopes.mean()), length=length, penalty=penalty, scale=scale)
         self.width, self.slopes = 2 * unit * length**2, self.slopes + scale
-        self.alpha = dual(V, w, rest - scale * self.A, penalty)
+        rest = rest - scale * self.A
+        self.alpha, self.spectrum = dual(V, w, rest, penalty), (V, w)
+        self.signal = ((V.T @ rest)**2 / (w + penalty)[:, None]).mean(0)  # variance of each gene, by maximum likelihood
+
+    def var(self, conditions):
+        "Posterior variance of the kernel regression (Rasmussen & Williams 2006, eq. 2.26), noise included; None where a part was not trained on alone: its profile is a guess."
+        alone = {p[0] for p in parts_of(self.train) if len(p) == 1}
+        if not all(len(p) > 1 and alone.issuperset(p) for p in parts_of(conditions)): return None
+        V, w, penalty = *self.spectrum, self.hyperparameters['penalty']
+        near = np.exp(-squared_distances(self.profile(conditions), self.A) / self.width) @ V
+        return self.signal * (1 + penalty - (near**2 / (w + penalty)).sum(1))[:, None]
 
     def effects(self, conditions):
         profile = self.profile(conditions)
@@ -510,6 +517,7 @@ class Kernel(InteractionKernel, SimilarityKernel):
         self.way.learn(self, val)
 
     def effects(self, conditions): return self.way.effects(self, conditions)
+    def var(self, conditions): return self.way.var(self, conditions)
 
 # %% ../../nbs/08_models.baselines.ipynb #00000061
 def candidates(train):

@@ -1,0 +1,229 @@
+"Predictions of other programs: aligned with a report, refused in one line, scored like the models of this compendium."
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from conftest import cells, launch
+
+from perturb_research.core import Problem
+from perturb_research.data.labels import condition_ids
+from perturb_research.data.splits import make_split
+from perturb_research.evaluate.metrics import perturbation_mean, score
+from perturb_research.evaluate.predictions import align, evaluate, match_conditions, mean_of_groups
+
+G = 120
+GENES = pd.DataFrame(index=[f"G{i}" for i in range(G)])
+
+
+def conditions(names, kind="CRISPRi", contexts=("K562",), doses=(np.nan,)):
+    rows = [dict(perturbation=n, perturbation_type=kind, context=c, dose=d, time_h=np.nan) for n in names for c in contexts for d in doses]
+    obs = pd.DataFrame(rows)
+    return obs.set_index(condition_ids(obs))
+
+
+def screen(names=tuple(f"G{i}" for i in range(12)), seed=0, **kwargs):
+    "Effects with control profiles, as notebook 04 writes them."
+    rng, obs = np.random.default_rng(seed), conditions(names, **kwargs)
+    contexts = np.array(sorted(set(obs["context"])))
+    control = rng.gamma(1, 1, size=(len(contexts), G)).astype("float32")
+    uns = dict(effect_scale="mean_log1p", control_contexts=contexts, control_mean=control, dataset_id="d")
+    return ad.AnnData(rng.normal(scale=.3, size=(len(obs), G)).astype("float32"), obs.assign(n_cells=50), GENES.copy(), uns=uns)
+
+
+def profiles(effects, names=None):
+    "The exact expression profiles of `effects`, named by perturbation."
+    place = np.searchsorted(effects.uns["control_contexts"], effects.obs["context"].astype(str))
+    return ad.AnnData(effects.X + effects.uns["control_mean"][place], pd.DataFrame(index=names or effects.obs["perturbation"].astype(str).tolist()), effects.var.copy())
+
+
+def aligned(given, effects, fill=None):
+    return align(given, effects, effects.obs, np.zeros(G) if fill is None else fill)
+
+
+def test_effects_and_profiles_come_out_the_same():
+    truth = screen()
+    mine = profiles(truth)
+    effects = ad.AnnData(truth.X, mine.obs, truth.var)
+    for given, word in ((mine, "taken as expression"), (effects, "taken as effects")):
+        found, said = aligned(given, truth)
+        np.testing.assert_allclose(found.X, truth.X, atol=1e-5)
+        assert word in said[0] and len(said) == 1
+
+
+def test_permuted_extra_and_missing_genes_and_conditions():
+    truth = screen()
+    given = profiles(truth)[::-1, ::-1].copy()
+    given = ad.concat([given[:-2, 10:], ad.AnnData(np.ones((10, 1), "float32"), given.obs[:-2], pd.DataFrame(index=["foreign"]))], axis=1, merge="first")
+    fill = np.full(G, 7.)
+    found, said = aligned(given, truth, fill)
+    gone = np.array([g in given.var_names for g in truth.var_names])
+    np.testing.assert_allclose(found.X[2:][:, gone], truth.X[2:][:, gone], atol=1e-5)
+    assert (found.X[:2] == 7).all() and (found.X[:, ~gone] == 7).all() and found.obs["predicted"].sum() == 10
+    text = " | ".join(said)
+    for words in ("2 of 12 asked conditions are missing", "10 of 120 genes are missing", "1 genes that the screen does not have", "another order"): assert words in text, text
+
+
+def test_cells_are_averaged_against_the_measured_controls():
+    truth = screen()
+    rng = np.random.default_rng(1)
+    exact = profiles(truth)
+    labels = np.repeat([*exact.obs_names, "ctrl"], 5)
+    X = np.repeat(np.vstack([exact.X, 3 + 0 * exact.X[:1]]), 5, axis=0)  # their own controls are nonsense
+    given = ad.AnnData(sp.csr_matrix(X), pd.DataFrame({"gene": labels}, index=[f"c{i}" for i in range(len(labels))]), truth.var)[rng.permutation(len(labels))].copy()
+    found, said = aligned(given, truth)
+    np.testing.assert_allclose(found.X, truth.X, atol=1e-4)
+    assert "their own 5 controls are not used" in said[0]
+
+
+def test_counts_of_cells_are_normalised():
+    truth = screen()
+    truth.uns["control_mean"] = np.log1p(truth.uns["control_mean"] / truth.uns["control_mean"].sum() * 1e4)
+    counts = np.random.default_rng(0).poisson(4, size=(24, G)).astype("float32")
+    given = ad.AnnData(sp.csr_matrix(counts), pd.DataFrame({"gene": np.repeat(truth.obs["perturbation"].astype(str).to_numpy(), 2)}, index=[f"c{i}" for i in range(24)]), truth.var)
+    found, said = aligned(given, truth)
+    logged = np.log1p(counts / counts.sum(1, keepdims=True) * 1e4).reshape(12, 2, G).mean(1)
+    np.testing.assert_allclose(found.X, logged - truth.uns["control_mean"], atol=1e-4)
+    assert any("counts: scaled to 10,000" in line for line in said)
+
+
+def test_variances_come_along():
+    truth = screen()
+    given = profiles(truth)
+    given.layers["var"] = np.full(given.shape, .5)
+    assert (aligned(given[:, ::-1].copy(), truth)[0].layers["var"] == .5).all()
+    given.layers["var"][0, 0] = -1
+    with pytest.raises(Problem, match="negative or non-finite"): aligned(given, truth)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda p: _set(p, 3, 4, np.nan), r"1 values are NaN or infinite, the first in row 'G3'"),
+    (lambda p: _set(p, 0, 0, np.inf), "NaN or infinite"),
+    (lambda p: _named(p, var=[f"ENSG{i}" for i in range(G)]), "theirs are named like ENSG0"),
+    (lambda p: ad.AnnData(p.X.T, p.var, p.obs), "transposed"),
+    (lambda p: p[:0].copy(), "the matrix X is empty"),
+    (lambda p: _named(p, obs=["G0", "G0", *(f"G{i}" for i in range(2, 12))]), "occurs 2 times"),
+    (lambda p: _named(p, var=["G0", "G0", *(f"G{i}" for i in range(2, G))]), "gene 'G0' occurs twice"),
+    (lambda p: ad.AnnData(np.expm1(p.X) * 50, p.obs, p.var), "too large for log1p"),
+    (lambda p: ad.AnnData(p.X / 12, p.obs, p.var), "times the controls' counts"),
+    (lambda p: _named(p, obs=[f"NOT{i}" for i in range(12)]), "none of the 12 asked conditions"),
+    (lambda p: ad.AnnData(np.full(p.shape, "a", dtype=object), p.obs, p.var), "expected numbers"),
+])
+def test_bad_predictions_are_refused_in_one_line(spoil, message):
+    truth = screen()
+    with pytest.raises(Problem, match=message) as e: aligned(spoil(profiles(truth)), truth)
+    assert "\n" not in str(e.value)
+
+
+def _set(p, i, j, value):
+    p.X[i, j] = value
+    return p
+
+
+def _named(p, obs=None, var=None):
+    return ad.AnnData(p.X, pd.DataFrame(index=obs or p.obs_names), pd.DataFrame(index=var or p.var_names))
+
+
+def test_one_condition_and_constant_predictions_are_said():
+    truth = screen()
+    said = aligned(profiles(truth)[:1].copy(), truth)[1]
+    assert any("one condition only" in line for line in said)
+    same = ad.AnnData(np.ones(truth.shape, "float32") * truth.X[0], profiles(truth).obs, truth.var)
+    assert any("every condition has the same prediction" in line for line in aligned(same, truth)[1])
+    same.X[0, 0] += 1
+    assert any("119 genes are predicted the same" in line for line in aligned(same, truth)[1])
+
+
+def test_cells_for_a_screen_of_effects_alone_are_refused():
+    truth = screen()
+    given = ad.concat([profiles(truth), profiles(truth)], index_unique="-")
+    del truth.uns["control_mean"]
+    given.obs["perturbation"] = [n.split("-")[0] for n in given.obs_names]
+    with pytest.raises(Problem, match="known by its effects alone"): aligned(given, truth)
+
+
+def test_names_of_combinations_contexts_and_doses():
+    known = conditions(["A+B", "A", "B"], contexts=("K562", "RPE1"))
+    obs = pd.DataFrame({"condition": ["B+A", "A+ctrl", "ctrl+B", "ctrl"], "cell_type": ["K562", "RPE1", "K562", "K562"]}, index=list("wxyz"))
+    ids, controls, foreign = match_conditions(obs, known, ["A", "B"])
+    assert [i.replace("|CRISPRi||", "") for i in ids] == ["A+B|K562", "A|RPE1", "B|K562", ""] and controls.tolist() == [False] * 3 + [True] and not foreign
+    with pytest.raises(Problem, match="'context'"): match_conditions(obs[["condition"]], known, ["A", "B"])
+    drugs = conditions(["aspirin", "dmso2"], kind="drug", doses=(.1, 1.))
+    ids, _, _ = match_conditions(pd.DataFrame({"drug": ["aspirin", "Aspirin"], "dose": ["100 nM", "1 uM"]}, index=["a", "b"]), drugs, ["A"])
+    assert [i.split("|")[2] for i in ids] == ["0.1", "1"]
+    with pytest.raises(Problem, match="'dose'"): match_conditions(pd.DataFrame({"drug": ["aspirin"]}, index=["a"]), drugs, ["A"])
+
+
+def test_means_of_groups():
+    X, group = np.arange(12.).reshape(6, 2), np.array([1, 0, -1, 1, 1, 0])
+    expected = [X[group == g].mean(0) for g in (0, 1)]
+    for form in (X, sp.csr_matrix(X)): np.testing.assert_allclose(mean_of_groups(form, group, 2), expected)
+
+
+def test_evaluate_effects_with_a_split():
+    truth = screen(tuple(f"G{i}" for i in range(40)))
+    split = make_split(truth, "perturbation")
+    given = profiles(truth)
+    given.X += np.random.default_rng(0).normal(scale=.1, size=given.shape).astype("float32")
+    table = evaluate(given, truth, split=split)
+    test = split.test(truth)
+    mine = table[(table["model"] == "predictions") & (table["metric"] == "l2")].set_index("condition")["value"]
+    expected = score(given[test.obs["perturbation"].astype(str)].X - truth.uns["control_mean"][0], test.X, train_mean=perturbation_mean(split.train(truth)), conditions=test.obs_names, names=["l2"])
+    np.testing.assert_allclose(mine.loc[expected["condition"]], expected["value"], rtol=1e-5)
+    assert set(table["stratum"][~table["condition"].str.startswith("*")]) == {"single_unseen"}
+    mean = table[(table["model"] == "mean") & (table["metric"] == "pearson_centred")]["value"]
+    assert (mean == 0).all() and len(mean) == test.n_obs
+    assert any(name.startswith("systema.") for name in table["metric"])
+    assert any("conditions of the screen that were not asked for" in line for line in table.attrs["said"])
+
+
+def test_a_split_of_few_genes_takes_the_controls_of_those_genes():
+    truth = screen(tuple(f"G{i}" for i in range(40)))
+    split = make_split(truth, "perturbation", n_genes=30)
+    table = evaluate(profiles(truth), truth, split=split)
+    assert table[(table["model"] == "predictions") & (table["metric"] == "l2")]["value"].max() < 1e-4
+
+
+def test_evaluate_cells_and_separate_controls():
+    names = [f"G{i}" for i in range(6)]
+    whole = cells(n=420, genes=G, targets=("control", *names))
+    half = np.arange(420) % 2 == 0
+    table = evaluate(whole[half].copy(), whole[~half].copy())
+    assert {"predictions", "mean", "no_change", "replicate"} == set(table["model"])
+    assert {"cell_eval.overlap_at_N", "cell_eval.pds_l1", "l2"} <= set(table[table["model"] == "predictions"]["metric"])
+    is_control = (whole.obs["perturbation"] == "control").to_numpy()
+    treated = whole[~half & ~is_control].copy()
+    apart = evaluate(whole[half].copy(), treated, control=whole[~half & is_control].copy(), families=False)
+    assert set(apart["condition"]) == {c for c in table["condition"] if not c.startswith("*")}
+    with pytest.raises(Problem, match="no control cells"): evaluate(whole[half].copy(), treated)
+    without = evaluate(whole[half & ~is_control].copy(), whole[~half].copy())  # the real controls stand in
+    scores = [t[(t["model"] == "predictions") & (t["metric"] == "l2")]["value"].to_numpy() for t in (table, without)]
+    np.testing.assert_array_equal(*scores)
+    assert "cell_eval.overlap_at_N" in set(without["metric"])
+
+
+def test_predictions_join_the_figures(small, tmp_path):
+    "The whole main job with somebody's model in it; without, the model is gone again."
+    import json
+    import shutil
+    out = tmp_path / "out"
+    shutil.copytree(small, out)
+    split = next(s for s in json.loads((out / "data/results/sim/splits.json").read_text()) if s["kind"] == "doubles")
+    asked = pd.read_csv(out / "data/results/sim" / split["name"] / "asked.csv")
+    assert set(asked["part"]) == {"train", "test", "gallery"} | set(asked["part"])
+    theirs = ad.read_h5ad(out / "data/results/sim" / split["name"] / "kernel.s0.test.h5ad")
+    file = tmp_path / "My Model.h5ad"
+    ad.AnnData(theirs.X, pd.DataFrame({"condition": theirs.obs["perturbation"].astype(str)}, index=[f"r{i}" for i in range(theirs.n_obs)]), theirs.var, uns=dict(split=split["hash"])).write_h5ad(file)
+    done = launch(out, "figures", "--profile", "small", "--dataset", "sim", "--predictions", f"'{file}'")
+    assert done.returncode == 0, done.stderr
+    board = pd.read_csv(out / "figures/sim/leaderboard.csv")
+    mine, kernel = (board[(board["model"] == m) & (board["split"] == split["name"]) & (board["measure"] == "relative L2")] for m in ("my_model", "kernel"))
+    assert len(mine) and np.allclose(mine["value"], kernel["value"], rtol=1e-4)
+    assert "takes no part in the reverse task" in (out / "data/results/sim/done/07a_evaluate.predictions.json").read_text()
+    assert launch(out, "figures", "--profile", "small", "--dataset", "sim").returncode == 0
+    for name in (small / "figures/sim").iterdir(): assert (out / "figures/sim" / name.name).read_bytes() == name.read_bytes(), name.name
+
+
+def test_predictions_are_refused_before_anything_runs(tmp_path):
+    done = launch(tmp_path, "figures", "--dataset", "sim", "--predictions", "/nowhere/mine.h5ad")
+    assert done.returncode == 1 and "no such file" in done.stderr and len(done.stderr.strip().splitlines()) == 1
