@@ -40,7 +40,7 @@ STEPS = {  # notebook: the notebooks whose results it reads
     '06e_evaluate.adversaries': ('05_data.splits',),
     '07_evaluate.calibration': ('05_data.splits',),
     '07a_evaluate.predictions': ('05_data.splits',),
-    '08_models.baselines': ('05_data.splits',),
+    '08_models.baselines': ('05_data.splits', '07a_evaluate.predictions'),
     '14_evaluate.retrieval': ('07a_evaluate.predictions', '08_models.baselines'),
     '14a_evaluate.uncertainty': ('07a_evaluate.predictions', '08_models.baselines'),
     '15_report': ('03_data.chembl', '04a_data.quality', '04b_data.imbalance', '05b_data.leakage', '06d_evaluate.cell_panels', '06e_evaluate.adversaries',
@@ -231,6 +231,9 @@ def forget_incomplete(out, dataset):
         try: outputs = json.loads(done.read_text(encoding='utf-8'))['outputs']
         except (ValueError, KeyError): outputs = {'unreadable': ''}
         if not all(Path(out, name).exists() for name in outputs): done.unlink()
+    listed = Path(out, 'data', 'results', dataset, 'splits.json')
+    if listed.is_file() and not all(Path(out, entry['path']).is_file() for entry in json.loads(listed.read_text(encoding='utf-8'))):
+        Path(out, 'data', 'results', dataset, 'done', '05_data.splits.json').unlink(missing_ok=True)
     download, raw = (Path(out, 'data', kind, dataset, name) for kind, name in (('results', 'done/02_data.download.json'), ('raw', 'source.json')))
     if download.is_file() and not (raw.is_file() and Path(json.loads(raw.read_text(encoding='utf-8'))['path']).is_file()): download.unlink()
 

@@ -64,7 +64,10 @@ def difference_table(scores, rng, draws=1000, alpha=.05, reference='mean', metri
         if naive.all() or not naive.any(): continue
         table = paired_tests(part, rng, metrics=metrics, boot=draws, alpha=alpha)
         known = part[(part['metric'] == 'l2') & (part['model'] == reference)]
-        unit = np.where(table['metric'] == 'l2', per_perturbation(known.groupby('condition', observed=True)['value'].mean()).mean(), 1)
+        length = known.groupby('condition', observed=True)['value'].mean()
+        asked = {m: set(p['condition']) for m, p in part[part['metric'] == 'l2'].groupby('model', observed=True)}
+        own = table['model'].map(lambda m: per_perturbation(length[length.index.isin(asked.get(m, ()))]).mean())  # over the conditions of that model
+        unit = np.where(table['metric'] == 'l2', own, 1)
         for column in ('difference', 'low', 'high', 'detectable'): table[column] = table[column] / unit
         tables.append(table.assign(split=split, stratum=stratum, measure=table['metric'].map(lambda m: FORWARD.get(m, m))))
     columns = ['split', 'stratum', 'measure', 'model', 'baseline', 'difference', 'difference_low', 'difference_high', 'p', 'p_adjusted', 'detectable']
@@ -119,7 +122,7 @@ def rank_agreement(forward, reverse, rng, draws=1000):
     `forward`, `reverse`: DataFrames models x conditions with equal labels. NaN where fewer than three models differ.
     """
     def spearman(a, b):
-        a, b = (pd.Series(x).rank().to_numpy() for x in (a, b))
+        a, b = (pd.Series(x).round(9).rank().to_numpy() for x in (a, b))  # the last digits are the processor's
         return np.corrcoef(a, b)[0, 1] if a.std() and b.std() else np.nan
     if len(forward) < 3: return np.nan, np.nan, np.nan
     picks = rng.integers(forward.shape[1], size=(draws, forward.shape[1]))

@@ -73,7 +73,7 @@ def test_cells_are_averaged_against_the_measured_controls():
     given = ad.AnnData(sp.csr_matrix(X), pd.DataFrame({"gene": labels}, index=[f"c{i}" for i in range(len(labels))]), truth.var)[rng.permutation(len(labels))].copy()
     found, said = aligned(given, truth)
     np.testing.assert_allclose(found.X, truth.X, atol=1e-4)
-    assert "their own 5 controls are not used" in said[0]
+    assert "5 controls of their own serve" in said[0]
 
 
 def test_counts_of_cells_are_normalised():
@@ -105,7 +105,7 @@ def test_variances_come_along():
     (lambda p: _named(p, obs=["G0", "G0", *(f"G{i}" for i in range(2, 12))]), "occurs 2 times"),
     (lambda p: _named(p, var=["G0", "G0", *(f"G{i}" for i in range(2, G))]), "gene 'G0' occurs twice"),
     (lambda p: ad.AnnData(np.expm1(p.X) * 50, p.obs, p.var), "too large for log1p"),
-    (lambda p: ad.AnnData(p.X / 12, p.obs, p.var), "times the controls' counts"),
+    (lambda p: ad.AnnData(p.X / 12, p.obs, p.var), "times the controls"),
     (lambda p: _named(p, obs=[f"NOT{i}" for i in range(12)]), "none of the 12 asked conditions"),
     (lambda p: ad.AnnData(np.full(p.shape, "a", dtype=object), p.obs, p.var), "expected numbers"),
 ])
@@ -131,7 +131,7 @@ def test_one_condition_and_constant_predictions_are_said():
     same = ad.AnnData(np.ones(truth.shape, "float32") * truth.X[0], profiles(truth).obs, truth.var)
     assert any("every condition has the same prediction" in line for line in aligned(same, truth)[1])
     same.X[0, 0] += 1
-    assert any("119 genes are predicted the same" in line for line in aligned(same, truth)[1])
+    assert any("119 genes that differ" in line for line in aligned(same, truth)[1])
 
 
 def test_cells_for_a_screen_of_effects_alone_are_refused():
@@ -174,7 +174,7 @@ def test_evaluate_effects_with_a_split():
     mean = table[(table["model"] == "mean") & (table["metric"] == "pearson_centred")]["value"]
     assert (mean == 0).all() and len(mean) == test.n_obs
     assert any(name.startswith("systema.") for name in table["metric"])
-    assert any("conditions of the screen that were not asked for" in line for line in table.attrs["said"])
+    assert any("conditions beyond those asked for here" in line for line in table.attrs["said"])
 
 
 def test_a_split_of_few_genes_takes_the_controls_of_those_genes():
@@ -200,6 +200,140 @@ def test_evaluate_cells_and_separate_controls():
     scores = [t[(t["model"] == "predictions") & (t["metric"] == "l2")]["value"].to_numpy() for t in (table, without)]
     np.testing.assert_array_equal(*scores)
     assert "cell_eval.overlap_at_N" in set(without["metric"])
+
+
+def of_cells(effects, n=6, seed=0, spread=.3):
+    "Cells whose means are the profiles of `effects`, and controls, in every context."
+    rng, parts = np.random.default_rng(seed), []
+    for i, context in enumerate(effects.uns["control_contexts"]):
+        mine = effects[effects.obs["context"] == context]
+        X = np.vstack([mine.X + effects.uns["control_mean"][i], effects.uns["control_mean"][[i]]])
+        noise = rng.normal(scale=spread, size=(len(X), n, G))
+        X = X[:, None] + noise - noise.mean(1, keepdims=True)
+        labels = np.repeat([*mine.obs["perturbation"].astype(str), "control"], n)
+        parts.append(ad.AnnData(X.reshape(-1, G).astype("float32"), pd.DataFrame({"perturbation": labels, "cell_line": context}, index=[f"{context}{j}" for j in range(len(labels))]), effects.var))
+    return ad.concat(parts)
+
+
+def test_own_controls_are_those_of_the_context():
+    truth = screen(contexts=("A", "B"))
+    truth.uns["control_mean"][1] += 1  # the contexts differ
+    given = of_cells(truth)
+    cells_of_truth = ad.AnnData(np.maximum(given.X, 0), given.obs.assign(condition="x"), given.var)
+    for context in ("A", "B"):
+        from perturb_research.evaluate.predictions import _both_cells
+        part = truth[(truth.obs["context"] == context).to_numpy()].copy()
+        real = cells_of_truth.copy()
+        ids = {f"{p}|{c}": i for p, c, i in zip(truth.obs["perturbation"], truth.obs["context"], truth.obs_names)}
+        real.obs = pd.DataFrame({"context": given.obs["cell_line"], "is_control": given.obs["perturbation"] == "control",
+                                 "condition": [ids.get(f"{p}|{c}", "") for p, c in zip(given.obs["perturbation"], given.obs["cell_line"])]})
+        _, predicted = _both_cells(given, part, real, [])
+        own = predicted.means(list(part.obs_names), "predicted")[1]
+        np.testing.assert_allclose(own, truth.uns["control_mean"][0 if context == "A" else 1], atol=1e-4)
+
+
+def test_profiles_of_a_screen_of_many_zeros_are_told_from_effects():
+    "Ranks of mostly silent genes agree with nothing; the direction of the profile does."
+    truth, rng = screen(), np.random.default_rng(3)
+    silent = rng.random(G) < .7
+    truth.uns["control_mean"] = np.where(silent, rng.gamma(.2, .02, G), truth.uns["control_mean"]).astype("float32")
+    truth.X = (truth.X * np.where(silent, .05, 1)).astype("float32")
+    found, said = aligned(profiles(truth), truth)
+    assert "taken as expression" in said[0]
+    np.testing.assert_allclose(found.X, truth.X, atol=1e-5)
+    assert "taken as effects" in aligned(ad.AnnData(truth.X, profiles(truth).obs, truth.var), truth)[1][0]
+
+
+def test_effects_of_another_size_are_pointed_out():
+    truth = screen()
+    said = aligned(ad.AnnData(truth.X * 10, profiles(truth).obs, truth.var), truth)[1]
+    assert any("10 times as large as the measured ones" in line for line in said)
+
+
+def test_a_prediction_is_measured_from_the_controls_of_the_truth():
+    "Effects against the controls of their batch: the exact profiles come out as the exact effects."
+    truth = screen()
+    matched = truth.uns["control_mean"] + np.random.default_rng(0).normal(scale=.2, size=truth.shape)
+    truth.layers["mean"] = (truth.X + matched).astype("float32")
+    given = ad.AnnData(truth.layers["mean"], profiles(truth).obs, truth.var)
+    np.testing.assert_allclose(aligned(given, truth)[0].X, truth.X, atol=1e-5)
+
+
+def test_the_truth_may_be_a_table_of_effects_by_name():
+    rng, names = np.random.default_rng(0), [f"G{i}" for i in range(12)]
+    truth = ad.AnnData(sp.csr_matrix(rng.normal(size=(12, G)).astype("float32")), pd.DataFrame(index=names), GENES.copy())
+    table = evaluate(truth, truth, families=False)
+    assert table[(table["model"] == "predictions") & (table["metric"] == "l2")]["value"].max() < 1e-4
+    halved = truth.copy()
+    halved.layers["half1"], halved.layers["half2"] = truth.X, truth.X
+    assert "replicate" in set(evaluate(truth, halved, families=False)["model"])
+    truth.X[0, 0] = np.nan
+    with pytest.raises(Problem, match="effects are NaN or infinite"): evaluate(halved, truth)
+    with pytest.raises(Problem, match="expected an AnnData"): evaluate(pd.DataFrame(), truth)
+
+
+def test_cells_of_another_scale_are_refused():
+    truth = screen()
+    given = of_cells(truth)
+    assert np.abs(aligned(given, truth)[0].X - truth.X).max() < 1e-3
+    for spoil in (lambda X: X / np.log(2) * 2, lambda X: X - X.mean(0)):
+        wrong = ad.AnnData(spoil(np.asarray(given.X)), given.obs, given.var)
+        with pytest.raises(Problem, match="rescale them, or give effects"): aligned(wrong, truth)
+    twice = ad.AnnData(np.vstack([truth.X, truth.X]), pd.DataFrame({"perturbation": np.tile(truth.obs["perturbation"].astype(str), 2)}, index=[f"r{i}" for i in range(24)]), truth.var)
+    with pytest.raises(Problem, match="rescale them, or give effects"): aligned(twice, truth)  # effects of two seeds are no cells
+
+
+def test_without_a_split_genes_left_out_bring_nothing():
+    truth = screen()
+    truth.X += np.where(np.arange(G) < 60, 2, 0)  # a large common effect
+    guess = ad.AnnData(np.random.default_rng(0).normal(scale=.01, size=truth.shape).astype("float32"), profiles(truth).obs, truth.var)
+    all_genes, fewer = (evaluate(g, truth, families=False).query("model == 'predictions' and metric == 'pearson'")["value"].mean() for g in (guess, guess[:, 50:].copy()))
+    assert abs(all_genes) < .1 and abs(fewer) < .2
+    assert any("nothing is scored on them" in line for line in evaluate(guess[:, 50:].copy(), truth, families=False).attrs["said"])
+
+
+def test_the_replicate_and_the_models_have_one_truth():
+    names = [f"G{i}" for i in range(6)]
+    whole = cells(n=420, genes=G, targets=("control", *names))
+    table = evaluate(whole, whole, families=False)
+    of = {m: set(t["metric"]) for m, t in table.groupby("model")}
+    assert of["replicate"] == {f"{m}@half2" for m in ("l2", "pearson", "pearson_centred", "centroid_accuracy")} and of["replicate"] <= of["predictions"]
+
+
+def test_rows_named_by_ids_may_hold_more_than_is_known():
+    truth = screen()
+    given = ad.concat([ad.AnnData(truth.X, pd.DataFrame(index=truth.obs_names), truth.var), ad.AnnData(truth.X[:2], pd.DataFrame(index=["X+Y|CRISPRi||", "control"]), truth.var)])
+    found, said = aligned(given, truth)
+    np.testing.assert_allclose(found.X, truth.X)
+    assert any("1 labels that the screen does not have" in line for line in said)
+    odd = ad.AnnData(truth.X, truth.obs.assign(perturbation=truth.obs["perturbation"].to_numpy()[::-1]), truth.var)
+    with pytest.raises(Problem, match="expected the same in both"): aligned(odd, truth)
+
+
+def test_what_is_left_out_of_cells_is_said():
+    names = [f"G{i}" for i in range(6)]
+    whole = cells(n=420, genes=G, targets=("control", *names))
+    one = whole[~((whole.obs["perturbation"] == "G0") & (np.arange(420) > 7)).to_numpy()].copy()
+    assert any("fewer than 2 predicted cells" in line for line in evaluate(one, whole).attrs["said"])
+    few = whole[~((whole.obs["perturbation"] == "G0") & (np.arange(420) > 50)).to_numpy()].copy()
+    assert any("fewer than 10 cells" in line for line in evaluate(whole, few, families=False).attrs["said"])
+
+
+def test_controls_beside_a_truth_with_counts():
+    names = [f"G{i}" for i in range(6)]
+    whole = cells(n=420, genes=G, targets=("control", *names))
+    whole.layers["counts"] = whole.X.copy()
+    is_control = (whole.obs["perturbation"] == "control").to_numpy()
+    tables = [evaluate(whole, whole[~is_control].copy(), control=c, families=False) for c in (whole[is_control].copy(), ad.AnnData(whole[is_control].X, whole[is_control].obs, whole.var))]
+    same = evaluate(whole, whole, families=False)
+    for table in tables: assert set(table["condition"]) == set(same["condition"])
+
+
+def test_counts_on_both_sides_give_the_metrics_of_counts():
+    names = [f"G{i}" for i in range(6)]
+    whole = cells(n=420, genes=G, targets=("control", *names))
+    half = np.arange(420) % 2 == 0
+    assert "vcc2026.pds_cosine" in set(evaluate(whole[half].copy(), whole[~half].copy())["metric"])
 
 
 def test_predictions_join_the_figures(small, tmp_path):

@@ -203,6 +203,15 @@ def test_folds_partition_the_perturbations(effects, folds):
     assert make_split(effects, "kfold", folds=50).endswith("are too few for 50 folds (100 needed)")
 
 
+def test_nothing_measured_on_held_out_cells_comes_with_the_training_rows():
+    effects = GENETIC.copy()
+    effects.var["mean"] = 1.
+    effects.uns["control_mean"] = np.arange(3. * effects.n_vars).reshape(3, -1)
+    given = make_split(effects, "combination", n_genes=2).train(effects)
+    assert not len(given.var.columns) and given.uns["control_mean"].shape == (3, 2)
+    np.testing.assert_array_equal(given.uns["control_mean"], effects.uns["control_mean"][:, effects.var_names.get_indexer(given.var_names)])
+
+
 def test_a_molecule_is_held_out_under_all_its_names():
     effects = CHEMICAL.copy()
     effects.obs["smiles"] = effects.obs["smiles"].astype(str)

@@ -171,7 +171,8 @@ def test_what_is_exchangeable(toy_screen):
     assert "differently" in not_exchangeable("perturbation", ["single_unseen"], ["combo_seen1"])
     assert "contexts" in not_exchangeable("context", ["context_unseen"], ["context_unseen"]) and "both parts" in not_exchangeable("doubles", ["combo_seen2"], ["combo_seen2"], shared=3)
     assert not_exchangeable("anything else", ["x"], ["x"])
-    assert not_exchangeable("kfold", ["single_unseen"], ["combo_seen1"]) == "" and "balanced by effect" in not_exchangeable("doubles", ["combo_seen2"], ["combo_seen2"], options=dict(stratify="effect"))
+    assert not_exchangeable("kfold", ["single_unseen"], ["single_unseen"]) == "" and "differently" in not_exchangeable("kfold", ["single_unseen"], ["combo_seen0"])
+    assert not_exchangeable("doubles", ["combo_seen2"], ["combo_seen2"], options=dict(source="a file")) == "the parts were drawn elsewhere" and "balanced by effect" in not_exchangeable("doubles", ["combo_seen2"], ["combo_seen2"], options=dict(stratify="effect"))
     assert not_exchangeable("doubles", ["combo_seen2"], ["combo_seen1", "combo_seen2"], options=dict(fractions=[.2, .5])) and "scaffolds" in not_exchangeable("scaffold", ["x"], ["x"])
     # in a doubles split every held-out pair is as likely to be in the validation part as any other
     splits = [make_split(toy_screen, "doubles", seed) for seed in range(150)]

@@ -107,9 +107,11 @@ def _rows(self:Split, effects, part):
     self.check(effects)
     genes = self._genes(effects)
     given = effects[effects.obs_names.get_indexer(self.ids[part]), genes].copy()
+    given.var = given.var[[]]  # its columns are statistics over all cells, those of the test conditions among them
     if 'control_mean' in given.uns: given.uns['control_mean'] = given.uns['control_mean'][:, genes]  # contexts x genes
     if side := self._side(part):
         given.X = given.layers[side].copy()
+        given.layers.pop('mean', None)  # that of all cells, not of this half
         if part == 'train': given.layers.clear()  # the other layers hold what is asked for
     return given
 
@@ -435,7 +437,7 @@ def load_split(path):
     try: content = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise Problem(f"{path.name}: not a readable split ({type(e).__name__}); restore it or make it again with notebook 05") from None
     if (found := sha256(content)) != path.stem:
-        raise Problem(f"{path.name}: its content has the hash {found}, its name says {path.stem}; it was edited: restore it or make a new split")
+        raise Problem(f"{path.name}: its content has the hash {found}, its name says {path.stem}; it was edited: restore it, or delete it and run again: the same draw is made anew")
     return checked_split(content, path.name)
 
 # %% ../../nbs/05_data.splits.ipynb #00000047

@@ -21,8 +21,8 @@ from scipy import stats
 from ..core import Problem
 from . import de as DE
 from .distributions import DEFINITIONS, between, defined, energy_to_control, principal_components, project
-from .metrics import discrimination, largest, pearson
-from .panels import Cells, Comparison, cellsimbench_weights, family_metric, panel_scores, weighted_mse, weighted_r2
+from .metrics import centred, discrimination, largest, pearson
+from .panels import FAMILIES, Cells, Comparison, cellsimbench_weights, family_metric, panel_scores, weighted_mse, weighted_r2
 
 # %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000009
 def kept(cells, key, make):
@@ -251,11 +251,16 @@ def replicate_means(cells, conditions, targets, genes, names, rng, splits=5):
     return pd.concat([one_split() for _ in range(splits)], axis=1).mean(axis=1)
 
 def vcc2026_score(user, baseline, replicate):
-    "Scaled values (u - b) / (r - b) with the clamps of `VCC2026`, and their mean 'average' (NaN if one is), from mappings metric -> mean (`panel_means`)."
+    """Scaled values (u - b) / (r - b) with the clamps of `VCC2026`, and their mean 'average' (NaN if one is), from mappings metric -> mean (`panel_means`).
+
+    NaN where the replicate `r` is not better than the baseline `b`: the sign would turn.
+    """
     names = [f'vcc2026.{name}' for name in VCC2026]
     u, b, r = (np.array([given[name] for name in names], dtype=float) for given in (user, baseline, replicate))
     low, high = np.array(list(VCC2026.values())).T
-    with np.errstate(all='ignore'): scaled = np.clip((u - b) / np.where(r == b, np.nan, r - b), low, high)
+    higher = np.array([FAMILIES[name].higher for name in names])
+    room = np.where(np.where(higher, r > b, r < b), r - b, np.nan)
+    scaled = np.clip((u - b) / room, low, high)
     return pd.Series([*scaled, scaled.mean()], [*names, 'average'])
 
 # %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000035
@@ -417,7 +422,7 @@ def _(c): return weighted_mse(c.predicted, c.real, gene_weights(c))
 
 # %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000049
 for called, centring, sides in (('deltactrl', 'control', lambda c: (c.predicted_effects, c.real_effects)),
-                                ('deltapert', 'training perturbation mean', lambda c: (c.predicted_effects - c.reference, c.real_effects - c.reference))):
+                                ('deltapert', 'training perturbation mean', lambda c: (centred(c.predicted_effects, c.reference), centred(c.real_effects, c.reference)))):
     fields = dict(higher=True, best=1, centring=centring, **_CSB)
     family_metric(f'cellsimbench.weighted_r2_{called}', formula='1 - sum w (p - t)^2 / sum w (t - mean_w t)^2', range='(-inf, 1]', genes='all, weighted by the real cells',
                   degenerate='unweighted if all weights are 0; t constant: 1 if predicted exactly, else 0', **fields)(lambda c, sides=sides: weighted_r2(*sides(c), gene_weights(c)))

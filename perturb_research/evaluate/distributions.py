@@ -11,6 +11,7 @@ __all__ = ['ROWS', 'THREADS', 'FAST', 'CLOSE', 'RESOLVED', 'DISTANCES', 'DEFINIT
 import inspect
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import numba
 import numpy as np
 import scipy.sparse as sp
 from scipy.special import logsumexp
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from ..core import Problem, generator
 
@@ -404,6 +405,11 @@ def _deviation(cells):
 # %% ../../nbs/06b_evaluate.distributions.ipynb #00000038
 DISTANCES = {f.__name__: f for f in (energy, mmd_energy, mmd_linear, mmd_rbf, sliced_wasserstein, sinkhorn, symmetric_kl)}
 
+@cache
+def _pools():
+    "The thread pools of this process: looking for them costs more than a small distance."
+    return ThreadpoolController()
+
 def between(Z_predicted, group_predicted, Z_real, group_real, n_groups, distance='energy', *, max_cells=None, seed=0, **options):
     """`distance` (n_groups,) between predicted and real cells of each condition; `options` as in the function of that name (see `DISTANCES`).
 
@@ -419,7 +425,7 @@ def between(Z_predicted, group_predicted, Z_real, group_real, n_groups, distance
     sides = (_members(gp, n_groups, max_cells, seed, 'predicted')[:-1], _members(gr, n_groups, max_cells, seed, 'real')[:-1])
     if distance == 'sliced_wasserstein': options = dict(seed=seed) | options
     def one(p, r): return DISTANCES[distance](_dense(predicted, p), _dense(real, r), **options) if len(p) and len(r) else np.nan
-    with threadpool_limits(1), ThreadPoolExecutor(THREADS) as pool: return np.array(list(pool.map(one, *sides)))  # a condition a thread, not a product
+    with _pools().limit(limits=1), ThreadPoolExecutor(THREADS) as pool: return np.array(list(pool.map(one, *sides)))  # a condition a thread, not a product
 
 # %% ../../nbs/06b_evaluate.distributions.ipynb #00000041
 @dataclass(frozen=True)

@@ -335,6 +335,7 @@ def weighted_r2(predicted, true, weights):
     """
     weights = np.where(weights.any(-1, keepdims=True), weights, 1.)
     middle = (weights * true).sum(-1, keepdims=True) / weights.sum(-1, keepdims=True)
+    middle = np.where(constant(true)[..., None], true, middle)  # up to rounding
     left, total = (weights * (predicted - true)**2).sum(-1), (weights * (true - middle)**2).sum(-1)
     return np.where(total > 0, 1 - left / np.where(total > 0, total, 1), (left == 0).astype(float))
 

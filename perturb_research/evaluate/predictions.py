@@ -14,12 +14,12 @@ import pandas as pd
 import scipy.sparse as sp
 
 from ..core import Problem
-from ..data.labels import CONDITION, condition_ids, describe, find_columns, parts_of
-from ..data.preprocess import is_condition_level, log_normalise, measure, value_kind
+from ..data.labels import CONDITION, condition_ids, control_labels, describe, find_columns, parts_of
+from ..data.preprocess import check_controls, is_condition_level, log_normalise, measure, read_effects, value_kind
 from . import cell_panels  # enters the metrics that need cells
 from .calibration import ceiling, with_halves
-from .metrics import perturbation_mean, score, spearman
-from .panels import Cells, Comparison, panel_scores
+from .metrics import METRICS, cosine, perturbation_mean, score
+from .panels import FAMILIES, Cells, Comparison, panel_scores
 
 # %% ../../nbs/07a_evaluate.predictions.ipynb #00000006
 COMPARED = ['l2', 'pearson', 'pearson_centred', 'centroid_accuracy']  # against half 2; notebook 07 has every metric's ceiling
@@ -68,8 +68,9 @@ def match_conditions(obs, known, genes):
 
     `genes` are those of the screen: they tell `KLF1_AHR`, two genes, from one name with a dash.
     """
-    if obs.index.isin(known.index).all(): return obs.index.to_numpy(dtype=object), np.zeros(len(obs), bool), []
-    if 'perturbation' not in find_columns(obs)[0]: obs = obs.assign(perturbation=obs.index.astype(str))
+    named, role = obs.index.isin(known.index), find_columns(obs)[0].get('perturbation')
+    if named.all() or (named.any() and role is None): return _by_id(obs, known, named)
+    if role is None: obs = obs.assign(perturbation=obs.index.astype(str))
     names = sorted({*map(str, genes), *(p for mine in parts_of(known) for p in mine)})
     stand_in = ad.AnnData(sp.csr_matrix((len(obs), len(names)), dtype=np.float32), obs, pd.DataFrame(index=names))
     kinds = known['perturbation_type'].astype(str).unique()
@@ -81,6 +82,14 @@ def match_conditions(obs, known, genes):
     ids = theirs.map(dict(zip(ours, ours.index))).where(treated).fillna('')
     foreign = table.loc[(ids == '').to_numpy() & treated, 'perturbation'].astype(str)
     return ids.to_numpy(dtype=object), ~treated, sorted(set(foreign))
+
+def _by_id(obs, known, named):
+    "`match_conditions` where rows are called by condition ids; `named`: which are."
+    if 'perturbation' in obs and (odd := obs['perturbation'].astype(str)[named] != known['perturbation'].astype(str).reindex(obs.index[named])).any():
+        row = odd.index[odd][0]
+        raise Problem(f"predictions: row {row!r} says {obs.loc[row, 'perturbation']!r} in its column 'perturbation'; expected the same in both; mend one or leave the column out")
+    controls = ~named & obs.index.isin(control_labels(obs.index.astype(str)))
+    return np.where(named, obs.index, '').astype(object), controls, sorted(set(obs.index[~named & ~controls].astype(str)))
 
 def _refuse_ambiguous(ours, known, asked):
     "A `Problem` if one of the keys `asked` stands for several conditions."
@@ -134,29 +143,39 @@ def mean_of_groups(X, group, n):
 
 # %% ../../nbs/07a_evaluate.predictions.ipynb #00000016
 def control_profile(effects, conditions):
-    "Mean profile of the controls (n, g) of the contexts of `conditions` (DataFrame), or None where the screen's file has effects alone."
+    """Mean profile of the controls (n, g) that the effect of each of `conditions` (DataFrame by id) was measured against: those of its batches.
+
+    Where it was not measured, the mean of its context; None where the screen's file has effects alone.
+    """
     if 'control_mean' not in effects.uns: return None
     place = pd.Index(np.asarray(effects.uns['control_contexts']).astype(str)).get_indexer(conditions['context'].astype(str))
-    return np.asarray(effects.uns['control_mean'], dtype=float)[place]
+    control, row = np.asarray(effects.uns['control_mean'], dtype=float)[place], effects.obs_names.get_indexer(conditions.index)
+    if 'mean' in effects.layers: control[row >= 0] = (np.asarray(effects.layers['mean'], dtype=float) - effects.X)[row[row >= 0]]
+    return control
 
 def _to_effects(profile, control, scale, said):
     "Predicted effects (n, g) from rows that are effects or expression profiles, by their likeness to the `control` (n, g) or None."
     if control is None:
         said.append('taken as effects')
         return profile
-    likeness = float(np.median(spearman(profile, control)))  # of ranks: counts are found out as well
-    if likeness <= .8:
-        said.append(f'taken as effects (rank correlation with the control profile {likeness:.2f})')
+    if scale == 'mean_log1p' and (high := np.abs(profile).max()) > 20:
+        raise Problem(f"predictions: the largest value is {high:g}, too large for log1p of counts per 10,000; expected that scale, or effects; normalise and take log1p first")
+    likeness = float(np.median(cosine(profile, control)))
+    if .3 < likeness <= .7 and profile.min() >= 0:
+        raise Problem(f"predictions: are neither effects (no value is below zero) nor log-normalised expression (cosine to the control profile {likeness:.2f}, largest value {profile.max():g}); "
+                      "expected means of log1p of counts per 10,000, or effects: what is left when the control mean is subtracted")
+    if likeness <= .7:
+        said.append(f'taken as effects (cosine to the control profile {likeness:.2f})')
         return profile
-    said.append(f'taken as expression (rank correlation with the control profile {likeness:.2f}): the measured controls are subtracted')
-    if scale == 'mean_log1p': _check_scale(profile, control)
+    said.append(f'taken as expression (cosine to the control profile {likeness:.2f}): the measured controls are subtracted')
+    if scale == 'mean_log1p': said += _check_scale(profile, control)
     return profile - control
 
 def _check_scale(profile, control):
-    "Refuse profiles (n, g) that are not means of log1p of counts per 10,000 as the `control` (n, g) is."
-    if profile.max() > 20: raise Problem(f"predictions: the largest value is {profile.max():g}, too large for log1p of counts per 10,000; expected that scale, or effects; normalise and take log1p first")
+    "Refuse profiles (n, g) that are not means of log1p of counts per 10,000 as the `control` (n, g) is; a line where they are a little off."
     ratio = float(np.median(np.expm1(profile).sum(1) / np.expm1(control).sum(1)))
     if not 1 / 3 < ratio < 3: raise Problem(f"predictions: profiles hold {ratio:.2g} times the controls' counts; expected log1p (natural logarithm) of counts per 10,000; rescale them, or give effects")
+    return [] if .8 < ratio < 1.25 else [f"profiles hold {ratio:.2g} times the controls' counts: were they scaled to 10,000 a cell?"]
 
 # %% ../../nbs/07a_evaluate.predictions.ipynb #00000019
 def _form(row, asked, predictions, foreign):
@@ -186,10 +205,11 @@ def align(predictions, effects, asked, fill, known=None):
     there = np.isin(np.arange(len(asked)), row)
     if of_cells:
         if control is None: raise Problem('predictions: are cells, and this screen is known by its effects alone; give effects, one row a condition')
-        said.append(f"cells: {int((row >= 0).sum())} in {there.sum()} conditions, averaged; the measured controls are subtracted{f', their own {controls.sum()} controls are not used' if controls.any() else ''}")
+        said.append(f"cells: {int((row >= 0).sum())} in {there.sum()} conditions, averaged; the measured controls are subtracted{f' ({controls.sum()} controls of their own serve those metrics of other systems that take them)' if controls.any() else ''}")
         X = _logged(X, said)
     profile = mean_of_groups(X, row, len(asked))[there][:, shown]
     mine = None if control is None else control[there][:, given]
+    if of_cells and effects.uns.get('effect_scale') == 'mean_log1p': said += _check_scale(profile, mine)
     aligned = ad.AnnData(np.tile(np.asarray(fill, dtype=np.float32), (len(asked), 1)), asked.assign(predicted=there), pd.DataFrame(index=effects.var_names))
     aligned.X[np.ix_(there, given)] = profile - mine if of_cells else _to_effects(profile, mine, effects.uns.get('effect_scale'), said)
     if 'var' in predictions.layers and not of_cells: aligned.layers['var'] = _variance(predictions, row, given, shown, aligned)
@@ -209,51 +229,78 @@ def _account(predictions, effects, aligned, ids, given, shown, foreign):
     there, genes = aligned.obs['predicted'].to_numpy(), aligned.var_names
     beyond, extra = len(set(ids) - set(aligned.obs_names) - {''}), predictions.n_vars - len(shown)
     known = aligned.X[there][:, given]
-    same = int((np.ptp(known, axis=0) == 0).sum()) if len(known) > 1 else 0
+    moving = (np.ptp(effects.X, axis=0) > 0)[given]
+    same = int(((np.ptp(known, axis=0) == 0) & moving).sum()) if len(known) > 1 else 0
+    length = lambda X: np.median(np.linalg.norm(X, axis=1))
+    size = length(known) / length(effects.X) if len(known) and length(effects.X) and length(known) else 1.
     return [line for applies, line in (
         (not there.all(), f"{(~there).sum()} of {len(there)} asked conditions are missing, such as {next(iter(aligned.obs_names[~there]), '')}: they count as the training mean"),
-        (beyond, f'{beyond} conditions of the screen that were not asked for are left out'),
+        (beyond, f'{beyond} conditions beyond those asked for here'),
         (foreign, f"{len(foreign)} labels that the screen does not have are left out, such as {', '.join(foreign[:3])}"),
         (not given.all(), f"{(~given).sum()} of {len(given)} genes are missing, such as {next(iter(genes[~given]), '')}: they count as the training mean"),
         (extra, f'{extra} genes that the screen does not have are left out'),
         ((np.diff(shown) < 0).any(), 'genes were in another order'),
         (len(known) == 1, 'one condition only: there is no interval, and nothing to be told apart from'),
-        (same == known.shape[1], 'every condition has the same prediction: it says nothing about the single one'),
-        (0 < same < known.shape[1], f'{same} genes are predicted the same in every condition')) if applies]
+        (same and same == moving.sum(), 'every condition has the same prediction: it says nothing about the single one'),
+        (0 < same < moving.sum(), f'{same} genes that differ between the measured conditions are predicted the same in every one'),
+        (not 1 / 3 < size < 3, f'predicted effects are {size:.2g} times as large as the measured ones: is the scale right (natural logarithm)?')) if applies]
 
 # %% ../../nbs/07a_evaluate.predictions.ipynb #00000023
 def measured(truth, control=None):
-    "`(effects, cells)` of a screen: AnnData of effects as it is (cells None), or of cells with their controls, which may stand in `control`."
-    if 'effect_scale' in truth.uns: return truth, None
-    if control is not None:
-        role = find_columns(truth.obs)[0].get('perturbation')
-        if role is None: raise Problem("truth: no column with perturbations was found; expected one such as 'perturbation'")
-        named = control.obs.assign(**{role: 'control'})
-        truth = ad.concat([truth, ad.AnnData(control[:, truth.var_names].X, named, truth.var)], keys=['', 'control '], index_unique='', join='outer')
+    "`(effects, cells, said)` of a screen: AnnData of effects as it is (cells None), or of cells with their controls, which may stand in `control`."
+    if 'effect_scale' in truth.uns and truth.obs_names.str.count(r'\|').min() >= 4: return truth, None, []
+    if 'perturbation' not in find_columns(truth.obs)[0]: truth = _named_by_row(truth)
+    if control is not None: truth = _with_controls(truth, control)
     table, _ = describe(truth)
     if is_condition_level(table):
-        effects = ad.AnnData(np.asarray(truth.X, dtype=np.float32), table.set_axis(condition_ids(table)), truth.var[[]], uns=dict(effect_scale='unknown'))
-        return effects, None
+        return read_effects(truth, table, {}), None, []
     if not table['is_control'].any(): raise Problem("truth: has no control cells; expected rows labelled 'control', 'non-targeting', 'DMSO' ..., or give them as control=")
-    return measure(truth, table)[:2]
+    check_controls(table, 'truth')
+    effects, cells, report = measure(truth, table)
+    few = report['dropped']
+    return effects, cells, [f"{len(few)} conditions of the truth have fewer than 10 cells and are left out, such as {next(iter(few))}"] if few else []
+
+def _named_by_row(truth):
+    "`truth` with its row names as the column `perturbation`."
+    truth = truth.copy()
+    truth.obs['perturbation'] = truth.obs_names.astype(str)
+    return truth
+
+def _with_controls(truth, control):
+    "The cells of `truth` and, called control, those of `control`."
+    role = find_columns(truth.obs)[0].get('perturbation')
+    if role is None: raise Problem("truth: no column with perturbations was found; expected one such as 'perturbation'")
+    if (lacking := truth.var_names.difference(control.var_names)).size: raise Problem(f"control: has no gene {lacking[0]!r} and {lacking.size - 1} more of the truth; expected the same genes")
+    both = [truth.copy(), control[:, truth.var_names].copy()]
+    both[1].obs[role] = 'control'
+    for side in both: side.layers = {name: side.layers[name] for name in ('counts',) if all(name in s.layers for s in (truth, control))}
+    return ad.concat(both, keys=['', 'control '], index_unique='', join='inner')
 
 def _references(aligned, test, mean, shared):
     "House metrics of the prediction, the mean, no change and the replicate, and a line on the halves ('' for none)."
     models = {'predictions': aligned.X, 'mean': np.tile(mean, (test.n_obs, 1)), 'no_change': np.zeros(test.shape)}
     table = score(np.stack(list(models.values())), test.X, train_mean=mean, conditions=list(test.obs_names))
     table = table.assign(model=np.array(list(models))[table['model']])
-    if not halves_of(test).any(): return table, ''
-    again, line = ceiling(test.layers['half1'], test.layers['half2'], train_mean=mean, conditions=test.obs_names, shared_controls=shared)
-    return pd.concat([table, again[again['row'] == 'replicate'].drop(columns='row').assign(model='replicate')]), f'replicate: half 1 of the cells against half 2; {line}'
+    have = halves_of(test)
+    if not have.any(): return table, ''
+    half = score(np.stack(list(models.values()))[:, have], np.asarray(test.layers['half2'])[have], train_mean=mean, conditions=list(test.obs_names[have]), names=COMPARED)
+    again, line = ceiling(test.layers['half1'], test.layers['half2'], train_mean=mean, conditions=test.obs_names, names=COMPARED, shared_controls=shared)
+    again = again[again['row'] == 'replicate'].drop(columns='row').assign(model='replicate')
+    half = pd.concat([half.assign(model=np.array(list(models))[half['model']]), again])
+    return pd.concat([table, half.assign(metric=half['metric'] + '@half2')]), f"metrics that end in @half2: everybody, and half 1 as 'replicate', against half 2 of the cells; {line}"
 
 # %% ../../nbs/07a_evaluate.predictions.ipynb #00000024
 def evaluate(predictions, truth, control=None, split=None, families=True):
-    """Scores of `predictions` against `truth` (AnnData of effects or cells), long: stratum, model, condition, metric, value; `attrs['said']` says what was done.
+    """Scores of `predictions` against `truth` (AnnData of effects or cells), long: stratum, model, condition, metric, value, higher (is more better?); `attrs['said']` says what was done.
 
     `control`: control cells, where `truth` does not hold them. `split`: a `Split` of the effects `truth`; None scores every condition in common.
-    Rows 'mean', 'no_change' and, with halves, 'replicate' stand beside 'predictions'. `families`: the other systems' metrics too, as far as the data allow.
+    A condition '*|context' stands for a metric that has one value for all. Rows 'mean', 'no_change' and, with halves, 'replicate' stand beside 'predictions'. `families`: the other systems' metrics too, as far as the data allow
+    (some need cells, some raw counts, on both sides).
     """
-    effects, cells = measured(truth, control)
+    for name, given in dict(predictions=predictions, truth=truth, control=control).items():
+        if given is not None and not isinstance(given, ad.AnnData): raise Problem(f"{name}: is a {type(given).__name__}; expected an AnnData; read a file with anndata.read_h5ad, wrap a table as AnnData(table)")
+    effects, cells, few = measured(truth, control)
+    if split is None: effects, few = _shared_genes(predictions, effects, few)
     test = split.test(effects) if split is not None else effects
     train = split.train(effects) if split is not None else effects
     mean = perturbation_mean(train)
@@ -265,11 +312,22 @@ def evaluate(predictions, truth, control=None, split=None, families=True):
         said = [line for line in said if 'asked conditions are missing' not in line]
         said.append(f'{there.sum()} of {len(there)} conditions are predicted and scored; the mean is that of their truth, which no model could have known')
     table, line = _references(aligned, test, mean, bool(effects.uns.get('halves_share_controls', False)))
-    tables = [table, *([_families(predictions, aligned, test, mean, cells, train)] if families else [])]
+    said += few + [line] * bool(line)
+    tables = [table, *([_families(predictions, aligned, test, mean, cells, train, said)] if families else [])]
     table = pd.concat(tables, ignore_index=True)
-    table = table.assign(stratum=table['condition'].map(split.strata if split is not None else {}).fillna(''))[['stratum', 'model', 'condition', 'metric', 'value']]
-    table.attrs['said'] = said + [line] * bool(line)
+    higher = {name: metric.higher for name, metric in (METRICS | FAMILIES).items()}
+    table = table.assign(stratum=table['condition'].map(split.strata if split is not None else {}).fillna(''), higher=table['metric'].str.removesuffix('@half2').map(higher))
+    table = table[['stratum', 'model', 'condition', 'metric', 'value', 'higher']]
+    table.attrs['said'] = said
     return table
+
+def _shared_genes(predictions, effects, said):
+    "`effects` on the genes that `predictions` hold, and `said` with a line on the others: without a split there is nothing honest to put in their place."
+    there = match_genes(predictions.var_names, effects.var_names, predictions.obs_names) >= 0
+    if there.all(): return effects, said
+    part = effects[:, there].copy()
+    if 'control_mean' in part.uns: part.uns['control_mean'] = part.uns['control_mean'][:, there]
+    return part, [*said, f"{(~there).sum()} of {len(there)} genes are not predicted, such as {effects.var_names[~there][0]}: nothing is scored on them"]
 
 # %% ../../nbs/07a_evaluate.predictions.ipynb #00000025
 def additive_effects(singles, asked):
@@ -281,27 +339,28 @@ def additive_effects(singles, asked):
     return np.array([np.asarray(singles.X)[mine].sum(0) if len(mine) > 1 and None not in mine else nothing for mine in rows], dtype=float)
 
 def compare(predicted, test, mean, real_cells=None, predicted_cells=None, additive=None):
-    "The `Comparison` of `predicted` effects (n, g) with the rows of `test` (AnnData of effects of one context); own controls come from `predicted_cells`."
-    control = None if (profile := control_profile(test, test.obs)) is None else profile[0]
-    own = None if control is None or predicted_cells is None else predicted_cells.means(list(test.obs_names), 'predicted cells')[1]
+    "The `Comparison` of `predicted` effects (n, g) with the rows of `test` (AnnData of effects of one context), or of cells where both sides have them."
+    control = np.asarray(test.uns['control_mean'], dtype=float)[list(test.uns['control_contexts']).index(str(test.obs['context'].iloc[0]))] if 'control_mean' in test.uns else None
     origin = 0 if control is None else control
     targets = [() if kind in ('drug', 'stimulus') else tuple(p) for p, kind in zip(parts_of(test.obs), test.obs['perturbation_type'].astype(str))]
+    if predicted_cells is not None:  # as the other systems do: means of all cells, without regard to batches
+        return Comparison.of_cells(real_cells, predicted_cells, list(test.obs_names), targets, np.asarray(test.var_names), mean, additive=additive)
     return Comparison(conditions=list(test.obs_names), targets=targets, genes=np.asarray(test.var_names), real=origin + np.asarray(test.X, dtype=float), predicted=origin + predicted,
-                      control=control, predicted_control=own, train_mean=mean, real_cells=real_cells, predicted_cells=predicted_cells, additive=additive)
+                      control=control, train_mean=mean, real_cells=real_cells, predicted_cells=predicted_cells, additive=additive)
 
-def _families(predictions, aligned, test, mean, cells, singles):
+def _families(predictions, aligned, test, mean, cells, singles, said):
     "Other systems' metrics of the prediction, the mean and no change, context by context."
     tables = []
     for context in sorted(set(test.obs['context'].astype(str))):
         here = (test.obs['context'].astype(str) == context).to_numpy()
         part = test[here].copy()
-        both = _both_cells(predictions, part, cells) if cells is not None else (None, None)
+        both = _both_cells(predictions, part, cells, said) if cells is not None else (None, None)
         for model, X in (('predictions', aligned.X[here]), ('mean', np.tile(mean, (part.n_obs, 1))), ('no_change', np.zeros(part.shape))):
             table = panel_scores(compare(X, part, mean, *(both if model == 'predictions' else (both[0], None)), additive_effects(singles, part.obs)))
             tables.append(table.assign(model=model, condition=table['condition'].replace('*', f'*|{context}')))
     return pd.concat(tables, ignore_index=True)
 
-def _both_cells(predictions, part, cells):
+def _both_cells(predictions, part, cells, said):
     """`Cells` of truth and prediction for the conditions of `part`, all of one context; the second is None where the predictions are no cells with these genes.
 
     Predicted cells without controls of their own are given the real ones.
@@ -311,9 +370,28 @@ def _both_cells(predictions, part, cells):
     mine = is_control | (own >= 0)
     truth = Cells(real.X[mine], np.where(is_control, -1, own)[mine], real.layers['counts'][mine] if 'counts' in real.layers else None)
     ids, controls, _ = match_conditions(predictions.obs, part.obs, part.var_names)
+    controls &= _in_context(predictions, part)
     group, place = part.obs_names.get_indexer(ids), pd.Index(predictions.var_names).get_indexer(part.var_names)
-    if (np.bincount(group[group >= 0], minlength=part.n_obs) < 2).any() or (place < 0).any(): return truth, None
+    few = part.obs_names[np.bincount(group[group >= 0], minlength=part.n_obs) < 2]
+    if len(few) or (place < 0).any():
+        if len(few) < part.n_obs: said.append(f"metrics of cells are left out: {f'{few[0]} has fewer than 2 predicted cells' if len(few) else f'gene {part.var_names[place < 0][0]} is not predicted'}")
+        return truth, None
     kept = (group >= 0) | controls
-    X, code = _logged(_numbers(predictions), [])[kept][:, place], np.where(controls, -1, group)[kept]
-    if not controls.any(): X, code = sp.vstack([X, truth.X[truth.group < 0]], format='csr'), np.append(code, np.full((truth.group < 0).sum(), -1))
-    return truth, Cells(X, code)
+    X, code = _numbers(predictions), np.where(controls, -1, group)[kept]
+    sides = [_logged(X, [])[kept][:, place], sp.csr_matrix(X)[kept][:, place] if _are_counts(X) and truth.counts is not None else None]
+    if not controls.any():
+        own, code = truth.group < 0, np.append(code, np.full((truth.group < 0).sum(), -1))
+        sides = [None if mine is None else sp.vstack([mine, real[own]], format='csr') for mine, real in zip(sides, (truth.X, truth.counts))]
+    return truth, Cells(sides[0], code, sides[1])
+
+def _are_counts(X):
+    "Whether predicted cells are whole numbers of molecules."
+    values = X.data if sp.issparse(X) else X
+    return bool((values >= 0).all() and values.max() > 0 and (values == np.floor(values)).all())
+
+# %% ../../nbs/07a_evaluate.predictions.ipynb #00000026
+def _in_context(predictions, part):
+    "Which rows of `predictions` are of the one context of `part`; all, where they do not say."
+    column = find_columns(predictions.obs)[0].get('context')
+    if column is None: return np.ones(predictions.n_obs, bool)
+    return predictions.obs[column].astype(str).str.strip().str.casefold().to_numpy() == str(part.obs['context'].iloc[0]).casefold()

@@ -163,14 +163,16 @@ def not_exchangeable(kind, val_strata, test_strata, shared=0, options=None):
     """Why calibrating on the val part of a split says nothing certain about its test part, one line; '' if they are exchangeable.
 
     'doubles' draws test and then val from the same combinations, 'perturbation' and 'kfold' from the same perturbations, uniformly: given what was
-    trained on, either could have been the other. Elsewhere strata differ in their shares, or what is held out is something else. `shared`: how many
+    trained on, either could have been the other, where all are of one stratum. Elsewhere strata differ in their shares, or what is held out is something
+    else, or somebody else chose. `shared`: how many
     perturbations have conditions in both parts; `options`: those of the split.
     """
     strata, options = sorted(set(val_strata) | set(test_strata)), options or {}
     if kind in _WHY: return _WHY[kind]
+    if options.get('source'): return 'the parts were drawn elsewhere'
     if shared: return f'{shared} perturbations have conditions in both parts'
     if options.get('stratify'): return f"both parts were balanced by {options['stratify']}, not drawn plainly"
-    if kind == 'kfold' or (kind == 'doubles' and not (options.get('fractions') or [0])[0]) or (kind == 'perturbation' and len(strata) == 1): return ''
+    if (kind == 'doubles' and not (options.get('fractions') or [0])[0]) or (kind in ('perturbation', 'kfold') and len(strata) == 1): return ''
     return f"validation and test mix {', '.join(strata)} differently" if len(strata) > 1 else f'it is not known that a {kind} split draws both parts alike'
 
 # %% ../../nbs/14a_evaluate.uncertainty.ipynb #00000029
