@@ -1,4 +1,7 @@
 "Predictions of other programs: aligned with a report, refused in one line, scored like the models of this compendium."
+import json
+import shutil
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -10,7 +13,7 @@ from perturb_research.core import Problem
 from perturb_research.data.labels import condition_ids
 from perturb_research.data.splits import make_split
 from perturb_research.evaluate.metrics import perturbation_mean, score
-from perturb_research.evaluate.predictions import align, evaluate, match_conditions, mean_of_groups
+from perturb_research.evaluate.predictions import _both_cells, align, evaluate, match_conditions, mean_of_groups
 
 G = 120
 GENES = pd.DataFrame(index=[f"G{i}" for i in range(G)])
@@ -221,7 +224,6 @@ def test_own_controls_are_those_of_the_context():
     given = of_cells(truth)
     cells_of_truth = ad.AnnData(np.maximum(given.X, 0), given.obs.assign(condition="x"), given.var)
     for context in ("A", "B"):
-        from perturb_research.evaluate.predictions import _both_cells
         part = truth[(truth.obs["context"] == context).to_numpy()].copy()
         real = cells_of_truth.copy()
         ids = {f"{p}|{c}": i for p, c, i in zip(truth.obs["perturbation"], truth.obs["context"], truth.obs_names)}
@@ -338,22 +340,24 @@ def test_counts_on_both_sides_give_the_metrics_of_counts():
 
 def test_predictions_join_the_figures(small, tmp_path):
     "The whole main job with somebody's model in it; without, the model is gone again."
-    import json
-    import shutil
     out = tmp_path / "out"
     shutil.copytree(small, out)
     split = next(s for s in json.loads((out / "data/results/sim/splits.json").read_text()) if s["kind"] == "doubles")
     asked = pd.read_csv(out / "data/results/sim" / split["name"] / "asked.csv")
-    assert set(asked["part"]) == {"train", "test", "gallery"} | set(asked["part"])
-    theirs = ad.read_h5ad(out / "data/results/sim" / split["name"] / "kernel.s0.test.h5ad")
+    assert {"train", "test", "gallery"} <= set(asked["part"])
+    theirs = [ad.read_h5ad(out / "data/results/sim" / split["name"] / f"kernel.s0.{part}.h5ad") for part in ("test", "gallery")]
+    both = np.vstack([t.X for t in theirs]), [n for t in theirs for n in t.obs_names]
+    once = ~pd.Index(both[1]).duplicated()
     file = tmp_path / "My Model.h5ad"
-    ad.AnnData(theirs.X, pd.DataFrame({"condition": theirs.obs["perturbation"].astype(str)}, index=[f"r{i}" for i in range(theirs.n_obs)]), theirs.var, uns=dict(split=split["hash"])).write_h5ad(file)
+    ad.AnnData(both[0][once], pd.DataFrame(index=np.array(both[1])[once]), theirs[0].var, uns=dict(split=split["hash"])).write_h5ad(file)
     done = launch(out, "figures", "--profile", "small", "--dataset", "sim", "--predictions", f"'{file}'")
     assert done.returncode == 0, done.stderr
     board = pd.read_csv(out / "figures/sim/leaderboard.csv")
-    mine, kernel = (board[(board["model"] == m) & (board["split"] == split["name"]) & (board["measure"] == "relative L2")] for m in ("my_model", "kernel"))
-    assert len(mine) and np.allclose(mine["value"], kernel["value"], rtol=1e-4)
-    assert "takes no part in the reverse task" in (out / "data/results/sim/done/07a_evaluate.predictions.json").read_text()
+    for measure in ("relative L2", "mrr"):  # forward and reverse
+        mine, kernel = (board[(board["model"] == m) & (board["split"] == split["name"]) & (board["measure"] == measure)] for m in ("my_model", "kernel"))
+        assert len(mine) and np.allclose(mine["value"], kernel["value"], rtol=1e-4)
+    assert "my_model" in set(pd.read_csv(out / "figures/sim/forward_error_by_stratum.csv")["model"])
+    assert "my_model" in set(pd.read_csv(out / "figures/sim/retrieval_by_route.csv")["model"])
     assert launch(out, "figures", "--profile", "small", "--dataset", "sim").returncode == 0
     for name in (small / "figures/sim").iterdir(): assert (out / "figures/sim" / name.name).read_bytes() == name.read_bytes(), name.name
 
