@@ -193,7 +193,7 @@ def finish(self:Run, *promised):
 def save_figure(self:Run, fig, slug, data, caption):
     "Write `fig` as `<slug>.pdf`/`.png`, the plotted numbers `data` (a DataFrame) as `.csv`, caption and origin as `.json`."
     with whole(self.figures/f'{slug}.pdf') as tmp: fig.savefig(tmp, metadata={'CreationDate': None})
-    with whole(self.figures/f'{slug}.png') as tmp: fig.savefig(tmp, dpi=300)
+    with whole(self.figures/f'{slug}.png') as tmp: fig.savefig(tmp, dpi=100 if self.profile == 'small' else 300)
     with whole(self.figures/f'{slug}.csv') as tmp: data.to_csv(tmp, index=False, float_format='%.6g', lineterminator='\n')
     (self.figures/f'{slug}.note.txt').unlink(missing_ok=True)
     files = {f'{slug}.{kind}': sha256(self.figures/f'{slug}.{kind}') for kind in ('pdf', 'png', 'csv')}
