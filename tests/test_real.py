@@ -8,10 +8,8 @@ from perturb_research.launch import slug
 
 ALWAYS = {"screen_at_a_glance", "effect_map", "split_composition", "forward_error_by_stratum", "leaderboard", "metric_dynamic_range"}
 SPLITS = {
-    "norman/norman_effects": {"combination", "doubles"},
     "carpool/carpool_effects": {"combination", "doubles", "replicate"},
     "norman/norman_mcfaline_cells": {"combination", "doubles", "context", "replicate"},
-    "papalexi/papalexi_lowmoi": {"perturbation", "replicate"},
     "kang/kang_pbmc_ifnb": {"context", "replicate"},
     "l1000/l1000_ht115_355drugs": {"perturbation", "replicate"},
 }

@@ -248,7 +248,9 @@ def _account(predictions, effects, aligned, ids, given, shown, foreign):
 # %% ../../nbs/07a_evaluate.predictions.ipynb #00000023
 def measured(truth, control=None):
     "`(effects, cells, said)` of a screen: AnnData of effects as it is (cells None), or of cells with their controls, which may stand in `control`."
-    if 'effect_scale' in truth.uns and truth.obs_names.str.count(r'\|').min() >= 4: return truth, None, []
+    if 'effect_scale' in truth.uns and truth.obs_names.str.count(r'\|').min() >= 4:
+        if not np.isfinite(truth.X).all(): raise Problem('truth: effects are NaN or infinite; expected numbers; leave those conditions out')
+        return truth, None, []
     if 'perturbation' not in find_columns(truth.obs)[0]: truth = _named_by_row(truth)
     if control is not None: truth = _with_controls(truth, control)
     table, _ = describe(truth)
