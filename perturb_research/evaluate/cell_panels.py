@@ -90,7 +90,7 @@ def _(c): return DE.n_significant(tested(c, 'predicted'))
                per='panel', averaging='pairs of cells, diagonal included (V statistic)', control='own, each side', distance='Euclidean, not squared, all genes',
                aggregation='one value over the conditions', degenerate='NaN if a side is constant', **_CELL_EVAL | dict(range='[-1, 1]'))
 def _(c):
-    moved = [kept(cells, 'energy to control', lambda: energy_to_control(dense(cells.X), cells.group, len(c.conditions), precision='float64')) for cells in (c.real_cells, c.predicted_cells)]
+    moved = [kept(cells, 'energy to control', lambda: energy_to_control(cells.X, cells.group, len(c.conditions))) for cells in (c.real_cells, c.predicted_cells)]
     varies = len(c.conditions) > 1 and all(np.ptp(e) > 1e-9 * np.abs(e).max() for e in moved)  # the same cells under every label: equal but for rounding
     return stats.pearsonr(*moved).statistic if varies else np.nan
 
