@@ -47,6 +47,7 @@ STEPS = {  # notebook: the notebooks whose results it reads
                   '07_evaluate.calibration', '07a_evaluate.predictions', '08_models.baselines', '14_evaluate.retrieval', '14a_evaluate.uncertainty'),
 }
 
+# %% ../nbs/00b_launch.ipynb #00000008
 def project():
     "The project's folder: the package's, or the one above the notebook."
     here = Path(__file__ if '__file__' in globals() else '.').resolve()
@@ -69,7 +70,7 @@ def steps(dataset):
     own = [s for s in STEPS if not left_out.get(s)]
     return {s: [u for u in STEPS[s] if u in own] for s in own}
 
-# %% ../nbs/00b_launch.ipynb #00000010
+# %% ../nbs/00b_launch.ipynb #00000011
 def code_cells(notebook):
     "The code cells of a notebook file, as `(source, tags)`."
     cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
@@ -95,7 +96,7 @@ def modules_of(notebook, root):
                 todo.append((file.read_text(encoding='utf-8'), name.rpartition('.')[0]))
     return sorted(map(str, found))
 
-# %% ../nbs/00b_launch.ipynb #00000013
+# %% ../nbs/00b_launch.ipynb #00000014
 class Refused(Exception):
     "A request that cannot be carried out, said in one line."
 
@@ -113,7 +114,7 @@ def _value(text, default, what):
     if type(value) is not type(default): raise Refused(f"SET: {what} is {text!r}; expected {'text' if isinstance(default, str) else type(default).__name__}, such as {default!r}")
     return value
 
-# %% ../nbs/00b_launch.ipynb #00000014
+# %% ../nbs/00b_launch.ipynb #00000015
 def overrides(text, root):
     "`{notebook: {parameter: value}}` from the words of `SET`."
     known = {re.sub(r'^\d+\w?_', '', step).split('.')[-1]: step for step in STEPS}
@@ -136,7 +137,7 @@ def _for_both(found, root):
     shared = {k: v for k, v in found.get(read, {}).items() if k in defaults(root/'nbs'/f'{also}.ipynb')}
     return found | ({also: shared | found.get(also, {})} if shared else {})
 
-# %% ../nbs/00b_launch.ipynb #00000017
+# %% ../nbs/00b_launch.ipynb #00000018
 FOREIGN = '07a_evaluate.predictions'
 
 def foreign(text, dataset):
@@ -150,7 +151,7 @@ def foreign(text, dataset):
     if len({slug(p.stem) for p in paths}) < len(paths): raise Refused(f'PREDICTIONS={text}: two files of one name; the name is the model\'s: rename one')
     return {FOREIGN: {'predictions': shlex.join(map(str, paths))}}
 
-# %% ../nbs/00b_launch.ipynb #00000020
+# %% ../nbs/00b_launch.ipynb #00000021
 SUFFIXES = '.h5ad', '.h5', '.zarr', '.csv', '.csv.gz', '.tsv', '.tsv.gz', '.txt', '.txt.gz', '.parquet', '.gct', '.gct.gz', '.gctx', '.mtx', '.mtx.gz', '.npz'
 FOLDERS = ('*matrix.mtx',), ('*matrix.mtx.gz',), ('data.npz', 'meta.json'), ('*.parquet',)  # what makes a folder a screen
 
@@ -170,7 +171,7 @@ def _unknown(name):
     near = difflib.get_close_matches(name, [*EMBEDDED, *public()], 3)
     return Refused(f"DATASET={name}: no such screen; " + (f"did you mean {' or '.join(near)}? " if near else '') + f"expected {', '.join(EMBEDDED)}, a name in data/manifest.csv or a file such as /path/to/my_screen.h5ad")
 
-# %% ../nbs/00b_launch.ipynb #00000021
+# %% ../nbs/00b_launch.ipynb #00000022
 def resolve(dataset, name, out):
     "`(id, source)` of what `DATASET=` and `NAME=` say; `source` is '' for a screen that is known by name."
     if dataset in (*EMBEDDED, *public()): return dataset, ''
@@ -187,7 +188,7 @@ def resolve(dataset, name, out):
     if ident in readers(): raise Refused(f"DATASET={dataset}: {ident!r} is a name in data/manifest.csv; choose another with NAME=")
     return ident, str(path)
 
-# %% ../nbs/00b_launch.ipynb #00000022
+# %% ../nbs/00b_launch.ipynb #00000023
 def claim(ident, source, out):
     "Remember which file the id `ident` stands for ('' for a public screen); refuse a second one."
     memory = Path(out, 'data', 'results', ident, 'source.json')
@@ -199,7 +200,7 @@ def claim(ident, source, out):
     memory.parent.mkdir(parents=True, exist_ok=True)
     memory.write_text(json.dumps({'source': source}) + '\n')
 
-# %% ../nbs/00b_launch.ipynb #00000027
+# %% ../nbs/00b_launch.ipynb #00000028
 def lock(out):
     "Hold `runs/.lock` until this process ends; refuse if another holds it."
     import fcntl  # Linux and macOS
@@ -211,7 +212,7 @@ def lock(out):
     except OSError: raise Refused(f"{out}: another run is at work here; wait for it or stop it") from None
     return handle
 
-# %% ../nbs/00b_launch.ipynb #00000029
+# %% ../nbs/00b_launch.ipynb #00000030
 def export(root):
     "Run `nbdev_export` if a notebook or a module changed since the last time."
     def digest():
@@ -224,7 +225,7 @@ def export(root):
     memory.parent.mkdir(exist_ok=True)
     memory.write_text(digest())
 
-# %% ../nbs/00b_launch.ipynb #00000031
+# %% ../nbs/00b_launch.ipynb #00000032
 def forget_incomplete(out, dataset):
     "Remove the `done` file of every step whose outputs are no longer all there."
     for done in Path(out, 'data', 'results', dataset, 'done').glob('*.json'):
@@ -237,7 +238,7 @@ def forget_incomplete(out, dataset):
     download, raw = (Path(out, 'data', kind, dataset, name) for kind, name in (('results', 'done/02_data.download.json'), ('raw', 'source.json')))
     if download.is_file() and not (raw.is_file() and Path(json.loads(raw.read_text(encoding='utf-8'))['path']).is_file()): download.unlink()
 
-# %% ../nbs/00b_launch.ipynb #00000033
+# %% ../nbs/00b_launch.ipynb #00000034
 def failure(executed):
     "What stopped an executed notebook, as lines to show; none if it ran through."
     try: cells = json.loads(Path(executed).read_text(encoding='utf-8'))['cells']
@@ -248,7 +249,7 @@ def failure(executed):
         return [*plain[-15:-1], f"{output['ename']}: {output['evalue'].splitlines()[0] if output['evalue'] else ''}"]
     return []
 
-# %% ../nbs/00b_launch.ipynb #00000036
+# %% ../nbs/00b_launch.ipynb #00000037
 def _put(source, target):
     "Copy `source` to `target` in one step, if it differs."
     if target.is_file() and target.read_bytes() == source.read_bytes(): return
@@ -270,7 +271,7 @@ def publish(out, dataset):
     for file in Path(out, 'figures', dataset).glob('[!.]*.*'):
         if file.name not in made: file.unlink()
 
-# %% ../nbs/00b_launch.ipynb #00000039
+# %% ../nbs/00b_launch.ipynb #00000040
 def _snakemake(root, out, request, cores):
     "Bring every step of the request up to date; True if all went well. Snakemake's own words go to `runs/snakemake.log`."
     config = Path(out, 'runs', '.request.json')
@@ -294,7 +295,7 @@ def figures(root, out, screens, profile, changes, cores):
     failed = {f'{i}, {s}': failure(Path(out, 'runs', i, f'{s}.ipynb')) for i, _ in screens for s in steps(i) if not Path(out, 'data', 'results', i, 'done', f'{s}.json').is_file()}
     return [f'{where}: ' + '\n'.join(lines) for where, lines in failed.items() if lines] or Path(out, 'runs', 'snakemake.log').read_text().splitlines()[-15:]
 
-# %% ../nbs/00b_launch.ipynb #00000041
+# %% ../nbs/00b_launch.ipynb #00000042
 def _number(text):
     try: return float(text)
     except ValueError: return None
@@ -313,7 +314,7 @@ def differences(ours, theirs, rtol=1e-4):
             if not same: found.append(f'row {i + 1}, {a[0][j]}: {u} against {v}')
     return found
 
-# %% ../nbs/00b_launch.ipynb #00000043
+# %% ../nbs/00b_launch.ipynb #00000044
 def verify(root, cores):
     "Make the embedded screens' figures anew in a temporary folder and compare them with the committed ones; lines on what differs."
     with tempfile.TemporaryDirectory(prefix='perturb_research-verify-') as out:
@@ -329,7 +330,7 @@ def verify(root, cores):
         handle.close()
     return wrong
 
-# %% ../nbs/00b_launch.ipynb #00000044
+# %% ../nbs/00b_launch.ipynb #00000045
 def main(arguments=None):
     "The command line behind the Makefile: `figures` or `verify`; 0 if all went well."
     parser = argparse.ArgumentParser(prog='perturb_research.launch')
@@ -343,7 +344,7 @@ def main(arguments=None):
     for line in wrong: print(line, file=sys.stderr)
     return int(bool(wrong))
 
-# %% ../nbs/00b_launch.ipynb #00000045
+# %% ../nbs/00b_launch.ipynb #00000046
 def _run(root, asked):
     "Carry out a parsed command line; lines on what went wrong."
     if asked.profile not in ('', 'small', 'default', 'full'): raise Refused(f"PROFILE={asked.profile}: expected small, default or full")
@@ -361,6 +362,6 @@ def _run(root, asked):
         print(f"{out}/figures/{ident}/ and {out}/runs/{ident}/report.html are up to date; what was taken for what: {out}/runs/{ident}/04_data.preprocess.ipynb")
     return wrong
 
-# %% ../nbs/00b_launch.ipynb #00000046
+# %% ../nbs/00b_launch.ipynb #00000047
 #| eval: false
 if __name__ == '__main__': sys.exit(main())

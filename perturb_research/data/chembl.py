@@ -425,6 +425,7 @@ def _same_skeleton(drug, record, level):
     flat = lambda keys: not keys or any(k[15:23] == 'UHFFFAOY' for k in keys)
     return level != 'skeleton' or not drug['inchikey'] or flat(drug['inchikey']) or flat(record['inchikey'])
 
+# %% ../../nbs/03_data.chembl.ipynb #00000037
 def match(drug, keys, index, shared=()):
     "`(level, molecules, others)` for a drug's `_keys`: the molecules left at the first level that finds any; others of its name. `shared`: levels at which another drug has its keys."
     level, left, others = '', set(), set()
@@ -437,7 +438,7 @@ def match(drug, keys, index, shared=()):
         elif left & fitting: left = left & fitting
     return level, left, others - left
 
-# %% ../../nbs/03_data.chembl.ipynb #00000038
+# %% ../../nbs/03_data.chembl.ipynb #00000039
 def _said(rows, molecules):
     "Molecules of a source in words: name (ChEMBL id or InChIKey)."
     first = rows[rows['molecule'].isin(molecules)].drop_duplicates('molecule')
@@ -463,7 +464,7 @@ def _matches(drugs, sources, synonyms):
             if left or others: found.append((d.drug, source, level if left else '', next(iter(left), ''), _said(rows, others)))
     return pd.DataFrame(found, columns=['drug', 'source', 'level', 'molecule', 'others'])
 
-# %% ../../nbs/03_data.chembl.ipynb #00000040
+# %% ../../nbs/03_data.chembl.ipynb #00000041
 def resolve(drugs, given):
     """`(table, edges)` for `drugs` (see `with_structures`) and `given`, a list of long tables in order of trust.
 
@@ -484,7 +485,7 @@ def resolve(drugs, given):
     edges = facts_of.loc[facts_of['gene'] != '', ['drug', 'gene', 'action', 'mechanism', 'target_type', 'source', 'level']].rename(columns={'level': 'matched_by'})
     return _summary(drugs, matches, facts_of), edges.drop_duplicates(ignore_index=True)
 
-# %% ../../nbs/03_data.chembl.ipynb #00000041
+# %% ../../nbs/03_data.chembl.ipynb #00000042
 DRUG_COLUMNS = ['drug', 'chembl_id', 'inchikey', 'smiles', 'scaffold', 'targets', 'actions', 'mechanism', 'sources', 'matched_by', 'ambiguous_with']
 
 def _summary(drugs, matches, facts_of):
@@ -506,7 +507,7 @@ def _summary(drugs, matches, facts_of):
                      '; '.join(f'{s}: {level}' for s, level in found.loc[found['level'] != '', ['source', 'level']].values), '; '.join(dict.fromkeys(others))])
     return pd.DataFrame(rows, columns=DRUG_COLUMNS)
 
-# %% ../../nbs/03_data.chembl.ipynb #00000044
+# %% ../../nbs/03_data.chembl.ipynb #00000045
 def agreement(edges, names):
     "A row for each two of the sources `names`: drugs that both cover, share with the same and with overlapping sets of genes, mean Jaccard index."
     sets = edges.groupby(['source', 'drug'])['gene'].agg(set)
@@ -518,7 +519,7 @@ def agreement(edges, names):
         rows.append((a, b, len(both), share(lambda x, y: x == y), share(lambda x, y: bool(x & y)), share(lambda x, y: len(x & y) / len(x | y))))
     return pd.DataFrame(rows, columns=['source', 'other', 'drugs', 'same', 'overlapping', 'jaccard'])
 
-# %% ../../nbs/03_data.chembl.ipynb #00000047
+# %% ../../nbs/03_data.chembl.ipynb #00000048
 def drugs_in_table(path, name_column=''):
     "The long table, as source `screen`, of a file of drugs with whatever else it says of them."
     table = read_table(path)

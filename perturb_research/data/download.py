@@ -47,6 +47,7 @@ FORMS = {  # column: (what is expected there, a pattern that matches it)
     'columns': (f"role=column;role=column with roles among {', '.join(ROLES)}", rf"(({'|'.join(ROLES)})=[^=;]+(;(?=.)|$))*"),
 }
 
+# %% ../../nbs/02_data.download.ipynb #00000007
 @dataclass(frozen=True)
 class Source:
     "A row of the manifest."
@@ -68,7 +69,7 @@ class Source:
     @property
     def roles(self): return dict(pair.split('=') for pair in self.columns.split(';') if pair)
 
-# %% ../../nbs/02_data.download.ipynb #00000007
+# %% ../../nbs/02_data.download.ipynb #00000008
 def _source(where, fields):
     "The `Source` of one row of the manifest; `where` names file and row."
     for column, (expected, pattern) in FORMS.items():
@@ -91,7 +92,7 @@ def manifest(path=None):
         found[source.name] = source
     return found
 
-# %% ../../nbs/02_data.download.ipynb #00000010
+# %% ../../nbs/02_data.download.ipynb #00000011
 def cache_folder(profile='default'):
     "Where downloaded files lie: `PERTURB_CACHE`, else `data/raw/cache` below the output folder."
     own = os.environ.get('PERTURB_CACHE')
@@ -121,7 +122,7 @@ def _print_of(path):
     "Size and time of a file: as long as both stay, it counts as unchanged."
     return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
 
-# %% ../../nbs/02_data.download.ipynb #00000012
+# %% ../../nbs/02_data.download.ipynb #00000013
 HDF5 = b'\x89HDF\r\n\x1a\n'
 MAGIC = {'h5ad': HDF5, 'h5mu': HDF5, 'zip': b'PK\x03\x04', 'parquet': b'PAR1', 'gz': b'\x1f\x8b', 'db': b'SQLite format 3\x00', 'sqlite': b'SQLite format 3\x00'}
 
@@ -141,7 +142,7 @@ def check_content(path, source):
             file.seek(-min(4, size), os.SEEK_END)
             if file.read() != MAGIC['parquet']: raise Problem(f"{source.name}: {path.name} is cut (its end is not that of a parquet file); remove it and run again")
 
-# %% ../../nbs/02_data.download.ipynb #00000015
+# %% ../../nbs/02_data.download.ipynb #00000016
 @dataclass(frozen=True)
 class Patience:
     "Seconds to wait for a connection and between bytes; tries without getting any further; seconds of the first pause and the longest one."
@@ -163,7 +164,7 @@ def _retry_after(text):
     try: return float(text) if text.strip().isdigit() else max(0., (parsedate_to_datetime(text) - datetime.now(timezone.utc)).total_seconds())
     except (AttributeError, TypeError, ValueError): return None
 
-# %% ../../nbs/02_data.download.ipynb #00000017
+# %% ../../nbs/02_data.download.ipynb #00000018
 def _why(error, patience):
     "A network error in a few words."
     text = str(error)
@@ -187,7 +188,7 @@ def _ask(session, url, start, state, patience):
     if answer.status_code in (408, 425, 429, 500, 502, 503, 504): raise _Again(reason, _retry_after(answer.headers.get('Retry-After')))
     raise _Elsewhere(reason)
 
-# %% ../../nbs/02_data.download.ipynb #00000019
+# %% ../../nbs/02_data.download.ipynb #00000020
 def _state(part):
     "What is known of the file that `part` is the beginning of."
     with contextlib.suppress(OSError, ValueError): return json.loads(Path(f'{part}.json').read_text(encoding='utf-8'))
@@ -213,7 +214,7 @@ def _begin(answer, url, start, part):
     _drop(part)
     raise _Again('the file on the server is not the one whose beginning is here')
 
-# %% ../../nbs/02_data.download.ipynb #00000021
+# %% ../../nbs/02_data.download.ipynb #00000022
 def _amount(n): return f'{n / 1e9:.1f} GB' if n >= 1e8 else f'{n / 1e6:.1f} MB'
 
 def _room(folder, needed, source, disk):
@@ -243,7 +244,7 @@ def _receive(answer, url, start, part, source, patience, disk):
         except requests.RequestException as e: raise _Again(_why(e, patience)) from None
     if size is not None and (have := part.stat().st_size) != size: raise _Again(f'{have} of {size} bytes came')
 
-# %% ../../nbs/02_data.download.ipynb #00000023
+# %% ../../nbs/02_data.download.ipynb #00000024
 def _persist(session, url, part, source, known, patience, disk):
     "Ask `url` until `part` is the whole file; `_Elsewhere` if it does not come."
     most, failed = 0, 0
@@ -273,7 +274,7 @@ def _download(urls, part, source, known, patience, disk):
             except _Elsewhere as e: refused.append(f'{url}: {e}')
     raise Problem(f"{source.name}: {'; '.join(refused)}; or put {source.file} into a folder and set PERTURB_MIRROR to it")
 
-# %% ../../nbs/02_data.download.ipynb #00000025
+# %% ../../nbs/02_data.download.ipynb #00000026
 @contextlib.contextmanager
 def _alone(folder):
     "Hold the folder of one name, made if need be, without what a killed process left half-placed."
@@ -294,6 +295,7 @@ def _wrong(source, known, found, cache):
     mend = f"it is not the file first seen: if that is meant, delete its entry in {cache/'first_seen.json'}" if source.hash == 'first-seen' else 'it was damaged, or its publisher changed it: run again, then see the source'
     return Problem(f"{source.name}: {source.file} has the hash {found}, expected {known}; {mend}")
 
+# %% ../../nbs/02_data.download.ipynb #00000027
 def _place(source, urls, folder, known, patience, disk):
     "Bring the file of `source` into `folder` through pooch and give its path."
     part, path = folder/f'.{source.file}.part', folder/source.file
@@ -315,7 +317,7 @@ def _place(source, urls, folder, known, patience, disk):
     check_content(path, source)
     return path
 
-# %% ../../nbs/02_data.download.ipynb #00000026
+# %% ../../nbs/02_data.download.ipynb #00000028
 def _mirrored(source, mirror):
     "`(path, urls)`: the file in the mirror if that is a folder, else None and the addresses to ask."
     if not mirror: return None, source.url.split()
@@ -340,6 +342,7 @@ def _in_place(source, path, known, cache):
     check_content(path, source)
     return path
 
+# %% ../../nbs/02_data.download.ipynb #00000029
 def fetch(name, cache=None, mirror=None, listed=None, patience=Patience(), disk=shutil.disk_usage):
     "Path of the verified file of the source `name`; downloaded into the folder `cache` if it is not there or in the `mirror`."
     source, cache = named(name, listed), Path(cache or cache_folder())
@@ -354,7 +357,7 @@ def fetch(name, cache=None, mirror=None, listed=None, patience=Patience(), disk=
         _remember(cache, source, dict(sha256=digest, bytes=path.stat().st_size, file=_print_of(path)))
     return path
 
-# %% ../../nbs/02_data.download.ipynb #00000030
+# %% ../../nbs/02_data.download.ipynb #00000033
 def extract(archive, member, target, source, limit=2e11, ratio=200, disk=shutil.disk_usage):
     "Write `member` of the zip file `archive` as `target`, whole or not at all; at most `limit` bytes and `ratio` times its packed size."
     where = f"{source.name}: {archive.name}"
@@ -381,7 +384,7 @@ def _member(packed, member, where):
     if info.flag_bits & 1: raise Problem(f"{where}: {member} is encrypted; expected a plain file")
     return info
 
-# %% ../../nbs/02_data.download.ipynb #00000033
+# %% ../../nbs/02_data.download.ipynb #00000036
 def modality(file, name, target, source):
     "Write the modality `name` of the MuData `file` as the h5ad file `target`, whole or not at all."
     try:
@@ -395,7 +398,7 @@ def modality(file, name, target, source):
     except OSError as e: raise Problem(f"{source.name}: {file.name} is no readable HDF5 file ({str(e).splitlines()[0]}); remove it and run again") from None
     return target
 
-# %% ../../nbs/02_data.download.ipynb #00000034
+# %% ../../nbs/02_data.download.ipynb #00000037
 def _unpacked(source, file, cache, disk):
     "The file that holds the screen itself, taken out of `file` if need be, once."
     if source.kind not in ('zip', 'h5mu'): return file

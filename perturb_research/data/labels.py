@@ -66,6 +66,7 @@ def _plausible(role, column, own_control=''):
     if role in ('context', 'batch', 'perturbation_type'): return len(values) <= max(2, len(column) // 2)
     return True
 
+# %% ../../nbs/02b_data.labels.ipynb #00000011
 def _same(a, b):
     "Whether two columns say the same under other names."
     return len(distinct_rows(pd.DataFrame({'a': a, 'b': b}))[0]) == a.nunique() == b.nunique()
@@ -86,7 +87,7 @@ def find_columns(obs, chosen=None, own_control=''):
         passed[role] = [c for c in good[1:] if not _same(_text(obs[good[0]]), _text(obs[c]))]
     return found, {role: columns for role, columns in passed.items() if columns}
 
-# %% ../../nbs/02b_data.labels.ipynb #00000013
+# %% ../../nbs/02b_data.labels.ipynb #00000014
 MISSING = {'', 'nan', 'na', 'null', 'unassigned'}  # what screens write for cells without an assigned perturbation
 
 def merge_spellings(labels, weights=None):
@@ -97,7 +98,7 @@ def merge_spellings(labels, weights=None):
     merged = {label: first.setdefault(label.casefold(), label) for label in counts.index}
     return _text(labels).map(merged), {old: new for old, new in merged.items() if old != new}
 
-# %% ../../nbs/02b_data.labels.ipynb #00000016
+# %% ../../nbs/02b_data.labels.ipynb #00000017
 def split_labels(labels, genes, genetic):
     "Rename labels: combinations as sorted genes joined by '+', a gene as `genes` spell it, controls as 'control'; a dict for the labels (str) given."
     labels, measured = sorted(set(labels)), set(map(str, genes))
@@ -114,7 +115,7 @@ def split_labels(labels, genes, genetic):
         renamed[label] = 'control' if label in controls or not kept else '+'.join(kept)
     return renamed
 
-# %% ../../nbs/02b_data.labels.ipynb #00000018
+# %% ../../nbs/02b_data.labels.ipynb #00000019
 TYPES = {'CRISPRa': 'crispr_?a$|crispra|activation|overexpress', 'CRISPRi': 'crispr_?i$|crispri|interference', 'knockout': 'knock_?out|cas9|(^|_)ko($|_)',
          'knockdown': 'knock_?down|cas13|shrna|sirna|(^|_)kd($|_)', 'drug': 'drug|compound|chemical|small_molecule|trt_cp', 'stimulus': 'stimul|cytokine|ligand'}
 
@@ -130,7 +131,7 @@ def _infer_type(obs, found, labels):
     others = [plain(x) for x in set(labels) if x and not control_labels([x])]
     return 'stimulus' if others and all(re.match('stim|ifn|lps|tnf|il_?[0-9]|tgf', x) for x in others) else 'unknown'
 
-# %% ../../nbs/02b_data.labels.ipynb #00000021
+# %% ../../nbs/02b_data.labels.ipynb #00000022
 UNITS = {'': 1., 'um': 1., 'µm': 1., 'μm': 1., 'nm': 1e-3, 'mm': 1e3, 'm': 1e6}
 
 def drug_doses(text):
@@ -154,6 +155,7 @@ def _one_number(text, units):
     value = float(match[1]) * (units[match[2]] if units else 1)
     return value if value >= 0 else np.nan
 
+# %% ../../nbs/02b_data.labels.ipynb #00000023
 def _unit_columns(obs, column):
     "The column beside the dose `column` that holds its unit, if there is one."
     return [c for c in obs if column and plain(c) in (f'{plain(column)}_unit', f'{plain(column)}_units')][:1]
@@ -164,7 +166,7 @@ def dose_texts(obs, column):
     unit = _text(obs[beside[0]]) if beside else name.rpartition('_')[2] if name.endswith(('_um', '_nm', '_mm')) else ''
     return texts.where(~texts.str.fullmatch(r'[\d.,]+(?:[eE][+-]?\d+)?'), texts + ' ' + unit)
 
-# %% ../../nbs/02b_data.labels.ipynb #00000024
+# %% ../../nbs/02b_data.labels.ipynb #00000026
 def describe(screen, chosen=None, kind='', own_control=''):
     "`(table, report)`: the contract's columns for each row of `screen`, and what was found, passed over and merged."
     found, passed = find_columns(screen.obs, chosen, own_control)
@@ -194,7 +196,7 @@ def describe(screen, chosen=None, kind='', own_control=''):
     for name in table.columns[table.dtypes == object]: table[name] = table[name].astype('category')
     return table.reset_index(drop=True).iloc[code].set_axis(screen.obs_names), report
 
-# %% ../../nbs/02b_data.labels.ipynb #00000026
+# %% ../../nbs/02b_data.labels.ipynb #00000028
 def _tell_apart(table, structure):
     "Append a number to names of drugs that stand for several structures, in `table`; give those names."
     structure = _text(structure)
@@ -218,6 +220,7 @@ def _doses(obs, column, dosed):
     doses[dosed] = texts.map({t: number(t, UNITS) for t in texts.unique()})
     return doses, sorted(set(texts[doses[dosed].isna()]) - {''})
 
+# %% ../../nbs/02b_data.labels.ipynb #00000029
 def usable_hints(hints, obs):
     "Those of a source's `hints` (role: column; kind; control) that fit the table `obs`."
     fits = {role: name for role, name in hints.items() if role in ('kind', 'control') or name in obs}
@@ -229,7 +232,7 @@ def nothing_found(obs):
     return ("no column with perturbations and controls was found; expected one such as 'perturbation' with labels such as 'control', 'non-targeting' or 'DMSO'; "
             f"name it with SET='preprocess.perturbation=COLUMN' and, if need be, SET='preprocess.control=LABEL'; the file has: {'; '.join(seen) or 'no columns'}")
 
-# %% ../../nbs/02b_data.labels.ipynb #00000028
+# %% ../../nbs/02b_data.labels.ipynb #00000031
 def parts(perturbation, perturbation_type=''):
     "The genes of a perturbation; a drug or stimulus is its own only part."
     return [perturbation] if perturbation_type in ('drug', 'stimulus') else perturbation.split('+')
@@ -242,7 +245,7 @@ def is_combo(conditions):
     "Boolean array: which rows of `conditions` perturb more than one gene."
     return np.array([len(p) > 1 for p in parts_of(conditions)], dtype=bool)
 
-# %% ../../nbs/02b_data.labels.ipynb #00000031
+# %% ../../nbs/02b_data.labels.ipynb #00000034
 CONDITION = ['perturbation', 'perturbation_type', 'dose', 'time_h', 'context']
 
 def condition_ids(table):

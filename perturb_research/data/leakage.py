@@ -215,6 +215,7 @@ def same_drug(of):
     said = f"{len(pairs)} of {asked.loc[drugs, 'perturbation'].nunique()} drugs of the test stand in training under another name" + (f' ({without} have no structure)' if without else '')
     return found(severity, hit, said, pairs)
 
+# %% ../../nbs/05b_data.leakage.ipynb #00000027
 @leak_check('a drug of the test has the Murcko scaffold of a training drug: a leak where the split claims new scaffolds, else something to know',
             'hold out whole scaffolds (a scaffold split), or say that unseen drugs have relatives in training')
 def same_scaffold(of):
@@ -231,6 +232,7 @@ def _entries(column):
     "The entries of each text in `column` (split at ; | or ,), as sets."
     return [{e.strip() for e in re.split('[;|,]', text) if e.strip().casefold() not in ('', 'none', 'unknown', 'unclear')} for text in column]
 
+# %% ../../nbs/05b_data.leakage.ipynb #00000028
 def _shared_entries(of, column, what):
     "What `same_target` and `same_mechanism` have in common."
     labelled = of.labels == f'{what}_unseen'
@@ -250,7 +252,7 @@ def same_target(of): return _shared_entries(of, 'targets', 'target')
             'hold out every drug of these mechanisms, or call them unseen drugs')
 def same_mechanism(of): return _shared_entries(of, 'mechanism', 'mechanism')
 
-# %% ../../nbs/05b_data.leakage.ipynb #00000028
+# %% ../../nbs/05b_data.leakage.ipynb #00000030
 def _places(of):
     "Distinct condition, context and batch of the treated cells, with `controls`: the batch where it has enough controls of its own, else '*', all of the context."
     columns = ['context', 'batch']
@@ -272,6 +274,7 @@ def _share_places(of, column):
     met = [c in whole or (c in anywhere if k == '*' else (c, k) in there) for c, k in zip(test['context'], test[column])]
     return of.test.obs_names.isin(test['condition'][np.array(met, dtype=bool)])
 
+# %% ../../nbs/05b_data.leakage.ipynb #00000031
 @leak_check('test effects and training effects were compared with the same controls and share their noise',
             'nothing, in most screens; do not read small correlations as biology, and compare with the replicate, whose halves have controls of their own')
 def shared_controls(of):
@@ -291,7 +294,7 @@ def shared_batches(of):
     hit = _share_places(of, 'batch')
     return found('notice', hit, f'{hit.sum()} of {len(hit)} test conditions share a batch of their context with training conditions', of.test.obs_names[hit])
 
-# %% ../../nbs/05b_data.leakage.ipynb #00000030
+# %% ../../nbs/05b_data.leakage.ipynb #00000033
 def unit_rows(X):
     "Rows of X (n, g) minus their mean, scaled to length 1, float32; constant rows are zero. The product of two such rows is their Pearson correlation."
     X = np.asarray(X, dtype=np.float32)
@@ -314,7 +317,7 @@ def reliability(effects, whole=True):
     r = (unit_rows(effects.layers['half1']) * unit_rows(effects.layers['half2'])).sum(1).astype(float).clip(0, 1)  # NaN where a half is
     return pd.Series(2 * r / (1 + r) if whole else r, effects.obs_names)
 
-# %% ../../nbs/05b_data.leakage.ipynb #00000032
+# %% ../../nbs/05b_data.leakage.ipynb #00000035
 def nearest_effects(of):
     """A row a test condition: `nearest`, the training or validation condition whose effect correlates best with its own, that `correlation`, and `expected`,
     what independent measurements of one and the same effect would reach (NaN without halves)."""
@@ -338,7 +341,7 @@ def near_duplicates(of):
     return found('leak', hit, f"{hit.sum()} test effects have a copy in training; highest correlation {table['correlation'].max():.3f}; {known}",
                  [f'{c} = {n} (r {r:.4f})' for c, n, r in table.loc[hit, ['condition', 'nearest', 'correlation']].itertuples(index=False)])
 
-# %% ../../nbs/05b_data.leakage.ipynb #00000034
+# %% ../../nbs/05b_data.leakage.ipynb #00000037
 def own_gene_ranks(effects):
     "Rows (condition, gene, rank) for perturbed genes that are measured: `rank` by |effect| in their own condition, 1 the strongest; infinite in the wrong direction."
     own, X = own_genes(effects), np.abs(np.asarray(effects.X, dtype=float))
@@ -358,6 +361,7 @@ def own_gene_visible(of):
     said = f'perturbed gene measured for {best.notna().sum()} of {len(best)} test conditions, strongest for {(best == 1).sum()}, among the {of.limits.top} strongest for {hit.sum()}'
     return found('notice', hit, said, [f'{c} (rank {k:.0f})' for c, k in best[hit].items()])
 
+# %% ../../nbs/05b_data.leakage.ipynb #00000038
 @leak_check('a query that claims to hide the perturbed gene shows it',
             'hide every perturbed gene of the candidates in every query, by position and not by name of the column')
 def query_shows_target(of):
@@ -370,7 +374,7 @@ def query_shows_target(of):
     hit = of.test.obs_names.isin([c for c, _ in seen])
     return found('leak', hit, f'{len(seen)} of {len(pairs)} perturbed genes are shown in their own query', [f'{c} shows {g}' for c, g in seen])
 
-# %% ../../nbs/05b_data.leakage.ipynb #00000036
+# %% ../../nbs/05b_data.leakage.ipynb #00000040
 def _rows(name, given):
     "A DataFrame (conditions x genes) of an input that is one, or an AnnData."
     if isinstance(given, ad.AnnData): given = given.to_df()
@@ -398,7 +402,7 @@ def input_rows(of):
         if len(foreign): copied |= np.any([nearest_rows(X, foreign)[1] >= of.limits.identical for X in asked], axis=0)
     return found('leak', named | copied, f'{named.sum()} of {len(named)} test conditions by id, {copied.sum()} by value', of.test.obs_names[named | copied])
 
-# %% ../../nbs/05b_data.leakage.ipynb #00000038
+# %% ../../nbs/05b_data.leakage.ipynb #00000042
 def subsets(of):
     "`{name: (values, holds test rows)}`: the sets of rows from which a statistic may have been made; X conditions x genes."
     train, val, test = (np.asarray(side.X, dtype=float) for side in (of.train, of.val, of.test))
@@ -417,6 +421,7 @@ def selections(of, genes):
             rows.append(dict(rule=rule, rows=name, leaks=leaks, share=np.isin(chosen, have).mean()))
     return pd.DataFrame(rows)
 
+# %% ../../nbs/05b_data.leakage.ipynb #00000043
 @leak_check('the genes were chosen with the help of the test rows', "choose them on `split.train(effects)`, or take the genes that it has")
 def gene_selection(of):
     own = 'genes' not in of.inputs
@@ -434,7 +439,7 @@ def gene_selection(of):
            f"{clean['rule']} over {clean['rows']} explains {clean['share']:.1%}, {dirty['rule']} over {dirty['rows']} {dirty['share']:.1%}"
     return found('leak', ~nothing if dirty['share'] > clean['share'] else nothing, said)
 
-# %% ../../nbs/05b_data.leakage.ipynb #00000040
+# %% ../../nbs/05b_data.leakage.ipynb #00000045
 def _per_gene(of, name):
     "An input with one number a gene, as a Series by gene."
     given = of.inputs[name]
@@ -456,6 +461,7 @@ def _made_from(of, name, given):
             if np.isfinite(distance): near[leaks].append((distance, rows))
     return min(near[False]), min(near[True])
 
+# %% ../../nbs/05b_data.leakage.ipynb #00000046
 @leak_check('the inputs were scaled by means or standard deviations that the test rows are part of', 'fit the scaler on the training rows alone')
 def input_scaling(of):
     if not {'mean', 'sd'} & set(of.inputs): return 'the numbers that inputs were scaled by are not known'
@@ -468,7 +474,7 @@ def input_scaling(of):
                     f'{name}: of no set of rows known here (the nearest, {rows}, is {distance:.2g} standard deviations away)')
     return found('leak', np.full(of.test.n_obs, dirty_one), '; '.join(said)) if known else '; '.join(said)
 
-# %% ../../nbs/05b_data.leakage.ipynb #00000042
+# %% ../../nbs/05b_data.leakage.ipynb #00000048
 def audit(effects, split, *, cells=None, inputs=None, limits=Limits()):
     """Every check of `CHECKS` on a split: a row each, with check, severity ('leak', 'notice', 'clean', 'not applicable'), conditions (test conditions
     concerned), share (of all test conditions), examples, found (what was found, or why the check does not apply), meaning, mend.

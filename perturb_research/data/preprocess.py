@@ -144,6 +144,7 @@ def enough(totals, kind, min_counts):
     "Whether cells with these totals count: empty ones never do."
     return totals >= min_counts if kind == 'counts' else totals > 0
 
+# %% ../../nbs/04_data.preprocess.ipynb #00000019
 def block_sums(X, where, code, n_groups, kind, keep, onto=None, totals=None, min_counts=1):
     "The `Block` of X (rows x genes) whose rows go to the groups `code`; `keep` marks rows whose counts are given back."
     check_block(X, where)
@@ -160,7 +161,7 @@ def block_sums(X, where, code, n_groups, kind, keep, onto=None, totals=None, min
     genes, values = X.indices[entry], logged.data[entry]
     return Block(member @ logged, own, np.diff(X.indptr), np.bincount(genes, minlength=X.shape[1]), np.bincount(genes, values * values, X.shape[1]), X[np.flatnonzero(keep)])
 
-# %% ../../nbs/04_data.preprocess.ipynb #00000021
+# %% ../../nbs/04_data.preprocess.ipynb #00000022
 TIMEOUT = 30  # seconds to wait for a scheduler
 
 @contextmanager
@@ -187,7 +188,7 @@ def in_order(tasks, submit, threads):
         if len(waiting) > threads: yield waiting.popleft().result()
     while waiting: yield waiting.popleft().result()
 
-# %% ../../nbs/04_data.preprocess.ipynb #00000022
+# %% ../../nbs/04_data.preprocess.ipynb #00000023
 ROWS = 16384  # cells in a block of a matrix that is in memory
 
 def each_block(X, work, **given):
@@ -218,7 +219,7 @@ def trim():
     pa.default_memory_pool().release_unused()
     with suppress(OSError, AttributeError): ctypes.CDLL('libc.so.6').malloc_trim(0)
 
-# %% ../../nbs/04_data.preprocess.ipynb #00000024
+# %% ../../nbs/04_data.preprocess.ipynb #00000025
 def add_blocks(X, groups, kind, keep, onto=None, min_counts=1):
     "All blocks of X (cells x columns, in memory or a Dask array) added up, as one `Block`; cells with fewer than `min_counts` count nowhere."
     n, width, by_genes = X.shape[0], (X if onto is None else onto).shape[1], getattr(X, 'chunksize', X.shape)[1] < X.shape[1]
@@ -240,7 +241,7 @@ def add_blocks(X, groups, kind, keep, onto=None, min_counts=1):
     trim()
     return total
 
-# %% ../../nbs/04_data.preprocess.ipynb #00000026
+# %% ../../nbs/04_data.preprocess.ipynb #00000027
 def _place_means(sums, sizes, context, n_contexts):
     "Mean control of each place from its sum (places x genes) and size; a place with fewer than 5 controls (bulk: none) takes the mean of its context."
     onto = sp.csr_matrix((np.ones(len(context)), (context, np.arange(len(context)))), shape=(n_contexts, len(context)))
@@ -259,7 +260,7 @@ def control_means(X, obs, use):
     context, contexts = pd.factorize(places['context'].astype(str))
     return place, _place_means(np.asarray((member @ X).todense()), np.bincount(place[rows], minlength=len(places)), context, len(contexts))
 
-# %% ../../nbs/04_data.preprocess.ipynb #00000027
+# %% ../../nbs/04_data.preprocess.ipynb #00000028
 def count_places(groups, rows):
     "Cells (CSR, groups x places) among the `rows` (a mask)."
     n = len(groups.places)
@@ -280,6 +281,7 @@ def _difference(sums, groups, cells, halves):
         return mean, weights @ _place_means(of_controls @ sums[:, genes], sizes[n:], context, len(contexts))
     return parts, sizes[:n].astype(int)
 
+# %% ../../nbs/04_data.preprocess.ipynb #00000029
 def _differences(sums, groups, cells, kept, genes):
     "Layers X, mean, half1, half2 (conditions `kept` x `genes`, float32), some genes at a time."
     parts = {name: _difference(sums, groups, cells, halves)[0] for name, halves in (('X', (0, 1, 2)), ('half1', (1,)), ('half2', (2,)))}
@@ -301,7 +303,7 @@ def _control_profiles(sums, groups, cells, genes):
     sizes = np.asarray((onto @ cells).sum(1)).ravel()
     return np.array(contexts, dtype=str), ((onto @ sums[:, genes]) / np.maximum(sizes, 1)[:, None]).astype(np.float32)
 
-# %% ../../nbs/04_data.preprocess.ipynb #00000029
+# %% ../../nbs/04_data.preprocess.ipynb #00000031
 def to_effects(total, groups, table, kind, genes, seen, min_cells=10, min_counts=1):
     "Effects of the conditions with `min_cells` cells, from the sums `total`, on the columns `seen` of `genes`; layers mean, half1, half2."
     cells = count_places(groups, (groups.code >= 0) & enough(total.n_counts, kind, min_counts))
@@ -322,6 +324,7 @@ def to_effects(total, groups, table, kind, genes, seen, min_cells=10, min_counts
     effects.uns |= dict(effect_scale='log2_intensity' if kind == 'bulk' else 'mean_log1p', halves_share_controls=False, control_contexts=contexts, control_mean=control)
     return effects
 
+# %% ../../nbs/04_data.preprocess.ipynb #00000032
 def _take_genes(X, seen):
     "The columns `seen` of X (CSR); where nothing is lost, without a second copy of the values."
     place = np.full(X.shape[1], -1, np.int32)
@@ -336,13 +339,14 @@ def to_cells(counts, obs, genes, kind):
     for column in cells.obs.columns[cells.obs.dtypes == 'category']: cells.obs[column] = cells.obs[column].cat.remove_unused_categories()
     return cells
 
-# %% ../../nbs/04_data.preprocess.ipynb #00000030
+# %% ../../nbs/04_data.preprocess.ipynb #00000033
 def name_conditions(table, rows):
     "The condition id of each of the `rows` (a mask) of `table`, '' for the others, as a categorical."
     few, code = distinct_rows(table[CONDITION].assign(has=rows))
     names = pd.Categorical(condition_ids(few).where(few['has'].to_numpy(), ''))
     return pd.Categorical.from_codes(names.codes[code], names.categories)
 
+# %% ../../nbs/04_data.preprocess.ipynb #00000034
 def measure(screen, table, values='', min_cells=10, min_counts=1, min_gene_cells=1, max_cells=25_000, seed=0):
     "`(effects, cells, report)` of a `screen` of cells whose rows the `table` of `describe` labels; X in memory or a Dask array."
     X = screen.layers['counts'] if 'counts' in screen.layers else screen.X
@@ -370,13 +374,14 @@ def measure(screen, table, values='', min_cells=10, min_counts=1, min_gene_cells
     return effects, cells, dict(values=kind, duplicated_genes=duplicated, genes_left_out=int(len(genes) - len(seen)), cells_without_label=int((~labelled).sum()),
                                 empty_cells=int((labelled & ~good).sum()), cells_sampled=int(cells.n_obs) if lazy else 0, dropped={c: int(k) for c, k in few.sort_index().items()})
 
+# %% ../../nbs/04_data.preprocess.ipynb #00000035
 def composition(table):
     "Labelled rows of `table` by perturbation, type, dose, time, context, batch: one row each, with n_cells."
     columns = [*CONDITION, 'batch', 'is_control']
     few, code = distinct_rows(table.loc[(table['perturbation'] != '').to_numpy(), columns])
     return few.assign(n_cells=np.bincount(code)).sort_values(columns).reset_index(drop=True)
 
-# %% ../../nbs/04_data.preprocess.ipynb #00000034
+# %% ../../nbs/04_data.preprocess.ipynb #00000039
 def fill_drugs(table, drugs):
     "`(table, filled)`: smiles and targets of drugs that the screen does not give, from `drugs` (a row a drug, by name); how many drugs got which."
     filled, of_drugs = {}, table['perturbation_type'].eq('drug') & ~table['is_control']
@@ -387,7 +392,7 @@ def fill_drugs(table, drugs):
         if filled[column]: table = table.assign(**{column: own.where(new == '', new).astype('category')})
     return table, {column: n for column, n in filled.items() if n}
 
-# %% ../../nbs/04_data.preprocess.ipynb #00000036
+# %% ../../nbs/04_data.preprocess.ipynb #00000041
 SCALES = {'log_ratio': r'log.?(fold|ratio)|lfc|logfc', 'z': r'z.?scor', 'mean_log1p': r'log.?normali[sz]ed|log1p'}
 
 def is_condition_level(table):
@@ -400,7 +405,7 @@ def effect_scale(uns):
     words = ' '.join(str(v) for v in uns.values() if isinstance(v, str)).lower()
     return next((scale for scale, pattern in SCALES.items() if re.search(pattern, words)), 'unknown')
 
-# %% ../../nbs/04_data.preprocess.ipynb #00000038
+# %% ../../nbs/04_data.preprocess.ipynb #00000043
 def read_effects(screen, table, report):
     "Effects from a condition-level file, with the layers that it has; rows sorted by condition id."
     def dense(X):
@@ -419,7 +424,7 @@ def read_effects(screen, table, report):
     report['values'] = 'effects'
     return effects
 
-# %% ../../nbs/04_data.preprocess.ipynb #00000040
+# %% ../../nbs/04_data.preprocess.ipynb #00000045
 def dataset_id(identity, effects):
     "SHA-256 of the source's identity (a file's hash; a simulator's version and parameters), the genes and the sorted conditions."
     return sha256([identity, list(effects.var_names), sorted(effects.obs_names)])

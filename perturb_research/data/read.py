@@ -80,6 +80,7 @@ def _check_pointers(elem, major, where):
     if not good or (pointers.shape[0] - 1, last, elem['indices'].shape[0]) != (major, n, n):
         raise Problem(f"{where}: its row pointers (indptr) do not fit its {n} values and {major} rows; the file is damaged, copy or download it again")
 
+# %% ../../nbs/02a_data.read.ipynb #00000010
 def _check_stored(elem, where):
     "Shape (rows, genes) of a stored matrix, after the checks that need no value of it."
     values = elem['data'] if _is_sparse(elem) else elem
@@ -95,7 +96,7 @@ def _check_chunks(elem, where):
     for part in (elem['data'], elem['indices']):
         if missing := part.nchunks - part.nchunks_initialized: raise Problem(f"{where}: {missing} of {part.nchunks} chunks of {part.name} are missing; copy or download it again")
 
-# %% ../../nbs/02a_data.read.ipynb #00000012
+# %% ../../nbs/02a_data.read.ipynb #00000013
 _BLOCK = 64e6  # bytes of a block in memory
 _ROWS = 16_384  # the most rows of a block
 
@@ -119,6 +120,7 @@ def _block(path, key, block_info=None):
         stored = ad.io.sparse_dataset(store[key], should_cache_indptr=False) if _is_sparse(store[key]) else store[key]
         return check_block(stored[rows, columns], f'{path.name}: {key}')
 
+# %% ../../nbs/02a_data.read.ipynb #00000014
 def _matrix(path, store, key, lazy):
     "The matrix `key` of `store`, in memory (CSR or dense), or as a Dask array."
     elem, where = store[key], f'{path.name}: {key}'
@@ -131,7 +133,7 @@ def _matrix(path, store, key, lazy):
     meta = (sp.csc_matrix if csc else sp.csr_matrix)((0, 0), dtype=dtype) if _is_sparse(elem) else np.empty((0, 0), dtype)
     return da.map_blocks(_block, path, key, chunks=chunks, dtype=dtype, meta=meta)
 
-# %% ../../nbs/02a_data.read.ipynb #00000015
+# %% ../../nbs/02a_data.read.ipynb #00000017
 ROLES = set(' '.join(COLUMNS.values()).split()) | {'is_control', 'targets', 'n_cells', 'drugname_drugconc', 'sample'}
 
 def _matters(name, wanted):
@@ -161,7 +163,7 @@ def _column(elem):
     column = ad.io.read_elem(elem)
     return pd.Categorical(column) if pd.api.types.is_string_dtype(column) and not isinstance(column, pd.Categorical) else column
 
-# %% ../../nbs/02a_data.read.ipynb #00000016
+# %% ../../nbs/02a_data.read.ipynb #00000018
 def _table(group, n, where, wanted=None):
     "The stored table `group` of `n` rows; with `wanted` (names), only what matters beside a matrix on disk."
     names = [str(name) for name in group.attrs['column-order']]
@@ -175,7 +177,7 @@ def _table(group, n, where, wanted=None):
     few = lambda elem: elem.attrs.get('encoding-type') == 'categorical' and elem['categories'].shape[0] <= max(1000, n // 100)
     return pd.DataFrame({c: _column(group[c]) for c in names if _matters(c, wanted) or few(group[c])}, index=_places(n))
 
-# %% ../../nbs/02a_data.read.ipynb #00000019
+# %% ../../nbs/02a_data.read.ipynb #00000021
 _IDS = r'ENS[A-Z]*G\d{6,}(\.\d+)?|\d+|.+_at'  # Ensembl, Entrez, probe sets
 _SYMBOLS = 'gene_symbol gene_symbols symbol symbols gene_name gene_names feature_name gene_short_name hgnc_symbol pr_gene_symbol name gene description'.split()
 
@@ -186,6 +188,7 @@ def _symbol_column(table):
     named = {plain(c): c for c in table}
     return next((named[n] for n in _SYMBOLS if n in named and _is_id(table[named[n]]).mean() <= .5), None)
 
+# %% ../../nbs/02a_data.read.ipynb #00000022
 def symbols(var, table=None, where='genes'):
     """Gene symbols for the rows of `var` (index: names; perhaps a column with symbols), by `table` (DataFrame) where they are ids.
 
@@ -202,6 +205,7 @@ def symbols(var, table=None, where='genes'):
     known = found.notna() & ~found.astype(str).isin(['', 'nan', 'None', '-'])
     return pd.Index(np.where(known, found.astype(str), names))
 
+# %% ../../nbs/02a_data.read.ipynb #00000023
 def _lookup(table, ids, where):
     "{id: symbol} from `table`: the column with the most of `ids`, and the one with symbols."
     column = _symbol_column(table)
@@ -212,7 +216,7 @@ def _lookup(table, ids, where):
                       f"expected ids such as {ids[0]!r} and symbols; give another, SET='preprocess.genes=...'")
     return dict(zip(keys[max(hits, key=hits.get)], table[column]))
 
-# %% ../../nbs/02a_data.read.ipynb #00000022
+# %% ../../nbs/02a_data.read.ipynb #00000026
 _LAYERS = 'counts', 'mean', 'half1', 'half2'
 
 def _must_fit(path, size, limit):
@@ -220,6 +224,7 @@ def _must_fit(path, size, limit):
     if size > limit: raise Problem(f"{path.name}: takes {size / 1e9:.3g} GB in memory and this format is only read as a whole; convert it to .h5ad, "
                                    f"or allow it with SET='preprocess.in_memory_gb={size / 1e9 + 1:.0f}'")
 
+# %% ../../nbs/02a_data.read.ipynb #00000027
 def _read_anndata(path, limit, wanted, tables):
     "An .h5ad file or a zarr folder; matrices that together take more than `limit` bytes as Dask arrays."
     if path.is_dir(): _check_zarr(path)
@@ -239,6 +244,7 @@ def _read_anndata(path, limit, wanted, tables):
         X, *layers = (_matrix(path, store, key, lazy) for key in keys)
         return (_OnDisk if lazy else ad.AnnData)(X, obs, var, ad.io.read_elem(store['uns']) if 'uns' in store else {}, layers={key.split('/')[1]: layer for key, layer in zip(keys[1:], layers)})
 
+# %% ../../nbs/02a_data.read.ipynb #00000028
 def _read_old(path, size, limit):
     "A file in the layout of before 2020, which anndata reads as a whole."
     _must_fit(path, size, limit)
@@ -257,7 +263,7 @@ def _check_zarr(path):
             with chunk.open('rb') as f: header = f.read(16)
             if len(header) < 16 or int.from_bytes(header[12:], 'little') != chunk.stat().st_size: raise Problem(f"{path.name}: {chunk.relative_to(path)} is cut short; copy or download it again")
 
-# %% ../../nbs/02a_data.read.ipynb #00000024
+# %% ../../nbs/02a_data.read.ipynb #00000030
 def _text(path, limit):
     "The bytes of a text file, unpacked if it is gzipped; at most `limit`."
     text = io.BytesIO()
@@ -282,6 +288,7 @@ def _frame(path, limit):
     if len(header) == frame.shape[1]: frame.columns = header  # pandas renames what stands twice
     return frame
 
+# %% ../../nbs/02a_data.read.ipynb #00000031
 def _beside(path, names, tables, what):
     "The first file of `names` in the folder of `path`, its `metadata` or its parent's, or in `tables` (a folder, or the file itself)."
     if tables and Path(tables).is_file() and Path(tables).suffix != '.parquet': return Path(tables)
@@ -293,7 +300,7 @@ def _beside(path, names, tables, what):
     raise Problem(f"{path.name}: needs {what}, {' or '.join(names[:3])}; it is not in {' or '.join(dict.fromkeys(map(str, folders)))}; "
                   "put it beside the file or name its folder with SET='preprocess.tables=...'")
 
-# %% ../../nbs/02a_data.read.ipynb #00000026
+# %% ../../nbs/02a_data.read.ipynb #00000033
 _COUNTS = set('n_cells ncells n_counts ncounts n_genes ngenes total_counts percent_mito pct_counts_mt nperts pubchem_cid half condition_id'.split())  # numbers that are no gene
 
 def _read_table(path, limit, wanted, tables):
@@ -315,7 +322,7 @@ def _read_table(path, limit, wanted, tables):
     obs = frame.iloc[:, ~(numeric & ~told)]
     return ad.AnnData(genes.to_numpy(np.float32), obs.set_axis(frame.index.astype(str)), pd.DataFrame(index=genes.columns.astype(str)))
 
-# %% ../../nbs/02a_data.read.ipynb #00000029
+# %% ../../nbs/02a_data.read.ipynb #00000036
 def _labels(screen, path, tables, limit):
     "`screen` with the columns of the table of cells beside it, matched by name."
     names = [f'{stem}.{kind}' for stem in ('obs', 'metadata', 'cells') for kind in ('csv', 'csv.gz', 'tsv', 'tsv.gz')]
@@ -328,6 +335,7 @@ def _labels(screen, path, tables, limit):
     screen.obs = screen.obs.join(frame.reindex(screen.obs_names), rsuffix='_table')
     return screen
 
+# %% ../../nbs/02a_data.read.ipynb #00000037
 def _read_gct(path, limit, wanted, tables):
     "A .gct file, version 1.2 or 1.3; 1.2 has no labels, they come from a table beside it."
     text = _text(path, limit).decode().splitlines()
@@ -347,7 +355,7 @@ def _read_gct(path, limit, wanted, tables):
     screen = ad.AnnData(X.T, obs.replace('-666', ''), var)  # -666: missing
     return screen if n_lines else _labels(screen, path, tables, limit)
 
-# %% ../../nbs/02a_data.read.ipynb #00000030
+# %% ../../nbs/02a_data.read.ipynb #00000038
 def _meta(group, keep=lambda name: True):
     "The columns of a gctx table, bytes as text, -666 (missing) as ''; index: its ids."
     read = lambda elem: (pd.Series(elem[:]).str.decode('utf-8').str.strip() if elem.dtype.kind in 'SO' else pd.Series(elem[:])).replace('-666', '').to_numpy()
@@ -367,7 +375,7 @@ def _read_gctx(path, limit, wanted, tables):
         screen = (_OnDisk if lazy else ad.AnnData)(_matrix(path, store, key, lazy), obs, _meta(store[row]))
     return screen if len(obs.columns) or lazy else _labels(screen, path, tables, limit)
 
-# %% ../../nbs/02a_data.read.ipynb #00000032
+# %% ../../nbs/02a_data.read.ipynb #00000040
 def _read_10x(path, limit, wanted, tables):
     "A 10x .h5 file, version 2 or 3."
     import scanpy as sc
@@ -395,7 +403,7 @@ def _read_mtx(path, limit, wanted, tables):
     screen.X = sp.csr_matrix(screen.X)
     return _labels(screen, folder, tables, limit)
 
-# %% ../../nbs/02a_data.read.ipynb #00000034
+# %% ../../nbs/02a_data.read.ipynb #00000042
 _ROW = {'genes', 'expressions', 'drug', 'sample', 'cell_line_id'}  # columns without which rows are no screen
 
 @lru_cache
@@ -424,7 +432,7 @@ def _rows(file, groups, genes):
         indptr = np.concatenate([[0], np.cumsum(lengths)])
         return sp.csr_matrix((value.astype(np.float32, copy=False), column, indptr), shape=(len(lengths), int((place >= 0).sum())))
 
-# %% ../../nbs/02a_data.read.ipynb #00000035
+# %% ../../nbs/02a_data.read.ipynb #00000043
 def _row_blocks(file, limit):
     "`(blocks, bytes)`: for each block of `file` its row groups and rows; and what all of it takes in memory."
     groups, blocks, total = pq.ParquetFile(file).metadata, [], 0
@@ -450,7 +458,7 @@ def _row_labels(files, names):
                 parts[name].append(column.cast(pa.string()).dictionary_encode().to_pandas() if text else column.to_pandas())
     return pd.DataFrame({name: union_categoricals(p) if p and isinstance(p[0].dtype, pd.CategoricalDtype) else pd.concat(p, ignore_index=True) for name, p in parts.items()})
 
-# %% ../../nbs/02a_data.read.ipynb #00000036
+# %% ../../nbs/02a_data.read.ipynb #00000044
 def _read_rows(path, limit, wanted, tables):
     "Tahoe's rows in a Parquet file, or in all those of a folder; counts that take more than `limit` bytes as a Dask array."
     files = [path] if path.is_file() else sorted(f for f in path.rglob('*.parquet') if f.parent.name != 'metadata' and not f.stem.endswith('_metadata'))
@@ -473,7 +481,7 @@ def _read_rows(path, limit, wanted, tables):
     X = da.concatenate([da.from_delayed(dask.delayed(_rows)(file, groups, genes), (n, len(var)), np.float32, meta) for file, groups, n in pieces])
     return _OnDisk(X, obs, var)
 
-# %% ../../nbs/02a_data.read.ipynb #00000038
+# %% ../../nbs/02a_data.read.ipynb #00000046
 def _read_perturbfm(path, limit, wanted, tables):
     "A folder with data.npz and meta.json; a .npz that holds Python objects is refused."
     folder = path if path.is_dir() else path.parent
@@ -497,7 +505,7 @@ def _read_perturbfm(path, limit, wanted, tables):
     notes = {k: v for k, v in meta.get('metadata', {}).items() if isinstance(v, str)}
     return ad.AnnData(check_block(X, f'{path.name}: {key}').astype(np.float32), obs, pd.DataFrame(index=[str(g) for g in meta['var']]), notes)
 
-# %% ../../nbs/02a_data.read.ipynb #00000040
+# %% ../../nbs/02a_data.read.ipynb #00000048
 READERS = {'h5ad': _read_anndata, 'zarr': _read_anndata, '10x_h5': _read_10x, '10x_mtx': _read_mtx, 'tahoe': _read_rows, 'perturbfm': _read_perturbfm,
            'table': _read_table, 'gct': _read_gct, 'gctx': _read_gctx}
 
@@ -517,7 +525,7 @@ def format_of(path):
     if path.suffix == '.parquet' and {'genes', 'expressions'} & set(pq.ParquetFile(path).schema_arrow.names): return 'tahoe'
     return found
 
-# %% ../../nbs/02a_data.read.ipynb #00000041
+# %% ../../nbs/02a_data.read.ipynb #00000049
 def read_screen(path, in_memory_gb=2., tables=None, genes=None, wanted=()):
     """The AnnData in `path`, rows x genes by symbol: in memory if its matrices take at most `in_memory_gb`, else as Dask arrays (`is_lazy`).
 

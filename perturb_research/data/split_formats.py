@@ -139,6 +139,7 @@ def gears_simulation(conditions, seed=1, train_gene_set_size=.75, combo_seen2_tr
     train = _kept_by_gears(rest, .9, .9, seed)
     return {'train': train, 'val': [n for n in rest if n not in set(train)], 'test': [n for n in names if n not in set(rest)]}
 
+# %% ../../nbs/05a_data.split_formats.ipynb #00000018
 def _gears_text(text):
     "`(seed, file)` of 'gears', 'gears:SEED' or 'gears:SEED:FILE'; file is None where none is named."
     match = re.fullmatch(r'gears(?::(\d+)(?::(.+))?)?', text)
@@ -155,7 +156,7 @@ def _from_gears(text, effects):
     ids, remarks = parts_by_name(gears_simulation(names, seed), effects, text)
     return ids, [*remarks, *([] if file else ['pairs are spelt as here'])]
 
-# %% ../../nbs/05a_data.split_formats.ipynb #00000021
+# %% ../../nbs/05a_data.split_formats.ipynb #00000022
 def split_format(path):
     "One of gears, perturbench, perturbfm, conditions, perturb_research for the split at `path` (or the text 'gears:1'); with the content where it is JSON."
     if re.match('gears(:|$)', str(path)): return 'gears', None
@@ -180,7 +181,7 @@ def _from_lists(content, effects, where):
         if not good: raise Problem(f"{where}: its {part} conditions are no list of names")
     return parts_by_name(named, effects, where)
 
-# %% ../../nbs/05a_data.split_formats.ipynb #00000022
+# %% ../../nbs/05a_data.split_formats.ipynb #00000023
 def read_split(path, effects, format=None, cells=None, n_genes=N_GENES):
     """`(split, remark)`: somebody else's split as a Split of `effects`, and in a line what was taken and what could not be placed.
 

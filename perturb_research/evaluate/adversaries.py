@@ -91,6 +91,7 @@ def scaled_mean(known, rng, factor=3):
     "As the mean tile, with `factor` times the effect."
     return handed_in(known, moved(control_cells(known, rng), known.profile + (factor - 1) * known.mean))
 
+# %% ../../nbs/06e_evaluate.adversaries.ipynb #00000013
 @adversary('zero variance')
 def zero_variance(known, rng):
     "The mean profile in every cell."
@@ -108,7 +109,7 @@ def all_significant(known, rng, spread=1e-3):
     level = np.where(known.mean > 0, np.quantile(known.control, .95, axis=0) + .1, 0)
     return handed_in(known, level * (1 + spread * rng.uniform(-1, 1, (known.size, len(level)))))
 
-# %% ../../nbs/06e_evaluate.adversaries.ipynb #00000014
+# %% ../../nbs/06e_evaluate.adversaries.ipynb #00000015
 def deranged(targets, rng, tries=10_000):
     "A permutation (n,) that gives no condition its own label, nor that of one with a perturbed gene in common; `targets` bool (n, g)."
     alike = targets.astype(int) @ targets.T.astype(int) > 0
@@ -132,6 +133,7 @@ def spiked(known, profile, size=1.):
     change = -there.min(initial=size) if known.raises else size
     return np.maximum(np.where(known.perturbed, profile + change, profile), 0)
 
+# %% ../../nbs/06e_evaluate.adversaries.ipynb #00000016
 @adversary('spike')
 def spike(known, rng):
     "Control cells, all perturbed genes moved, the same under every label."
@@ -144,7 +146,7 @@ def edited_controls(known, rng, factor=2, size=3.):
     away = np.where(known.perturbed, away + (size if known.raises else -size), away)
     return handed_in(known, moved(control_cells(known, rng), known.profile), moved(known.control, away))
 
-# %% ../../nbs/06e_evaluate.adversaries.ipynb #00000016
+# %% ../../nbs/06e_evaluate.adversaries.ipynb #00000018
 def mean_response(known, rng):
     "Cells of the training perturbations, the same under every label, each gene scaled to the training mean (in `X`) and to its share among all training cells (in `counts`)."
     cells = known.trained[rng.choice(len(known.trained), known.size, replace=len(known.trained) < known.size)]
@@ -153,7 +155,7 @@ def mean_response(known, rng):
     drawn.counts[drawn.group >= 0] = np.tile(_counts(to(np.expm1(cells), np.expm1(known.trained).mean(0))), (known.n, 1))
     return drawn
 
-# %% ../../nbs/06e_evaluate.adversaries.ipynb #00000021
+# %% ../../nbs/06e_evaluate.adversaries.ipynb #00000023
 NULL, CEILING = 'mean', 'replicate'
 
 def submissions(truth, replicate, known, conditions, targets, genes, seed=0, adversaries=None):
@@ -183,7 +185,7 @@ def score_adversaries(truth, replicate, known, conditions, targets, genes, *, se
     tables = [all_scores(c, names).assign(prediction=name) for name, c in submissions(truth, replicate, known, conditions, targets, genes, seed, adversaries)]
     return pd.concat(tables, ignore_index=True)[['prediction', 'condition', 'metric', 'value']]
 
-# %% ../../nbs/06e_evaluate.adversaries.ipynb #00000024
+# %% ../../nbs/06e_evaluate.adversaries.ipynb #00000026
 def _paired(values, null, ceiling, draws, level):
     "Means u, b, r (k,), their number, and intervals (2, k) of u - b and of r - b, from `values`, `null` and `ceiling` (n, k) over the conditions that all three have; `draws` (d, n) says how often each was drawn."
     there = ~np.isnan(values + null + ceiling)
@@ -194,6 +196,7 @@ def _paired(values, null, ceiling, draws, level):
     gain, room = (np.quantile(mean(x - null, draws), edges, axis=0) if len(values) > 1 else np.full((2, values.shape[1]), np.nan) for x in (values, ceiling))
     return u, b, r, n, gain, room
 
+# %% ../../nbs/06e_evaluate.adversaries.ipynb #00000027
 def judged(scores, rng, metrics=None, threshold=.05, draws=2000, level=.98):
     """One line for each metric and adversary of `score_adversaries`: metric, adversary, n, value, null, ceiling, scaled, low, high, informative, gamed.
 
@@ -216,11 +219,12 @@ def judged(scores, rng, metrics=None, threshold=.05, draws=2000, level=.98):
                                            informative=sure, gamed=sure & (low > threshold), panel=panel)))
     return pd.concat(lines, ignore_index=True)
 
+# %% ../../nbs/06e_evaluate.adversaries.ipynb #00000028
 def gamed(judgements):
     "Metric -> names of the adversaries that gamed it, for the metrics that somebody gamed."
     return judgements[judgements['gamed']].groupby('metric', sort=False)['adversary'].agg(list).to_dict()
 
-# %% ../../nbs/06e_evaluate.adversaries.ipynb #00000027
+# %% ../../nbs/06e_evaluate.adversaries.ipynb #00000031
 MEASURES = {  # what is measured: a pattern that the name of a metric matches, the first that does
     'identity': r'pds|rank|centroid|nir$',
     'distribution': r'^cells\.|energy$|e_distance|edistance|mmd|wasserstein|sinkhorn|sym_kl|frac_in|frac_sigma|clustering',
@@ -245,5 +249,5 @@ def recommended(judgements, scores=None):
     groups = {name: [name] for name in names} if scores is None else same_metrics(scores[scores['metric'].isin(names)])
     return pd.DataFrame([dict(measures=measures(name), metric=name, same=', '.join(others[1:])) for name, others in groups.items()], columns=['measures', 'metric', 'same'])
 
-# %% ../../nbs/06e_evaluate.adversaries.ipynb #00000030
+# %% ../../nbs/06e_evaluate.adversaries.ipynb #00000034
 PANEL = {'direction': 'pearson_centred', 'size': 'rmse', 'identity': 'vcc2026.pds_cosine', 'significance': 'genespeaks.ndcg_at_30', 'distribution': 'cells.energy'}

@@ -250,6 +250,7 @@ def replicate_means(cells, conditions, targets, genes, names, rng, splits=5):
         return panel_means(Comparison.of_cells(half(shuffled[place % 2 == 0]), half(shuffled[place % 2 == 1]), conditions, targets, genes), names)
     return pd.concat([one_split() for _ in range(splits)], axis=1).mean(axis=1)
 
+# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000033
 def vcc2026_score(user, baseline, replicate):
     """Scaled values (u - b) / (r - b) with the clamps of `VCC2026`, and their mean 'average' (NaN if one is), from mappings metric -> mean (`panel_means`).
 
@@ -263,7 +264,7 @@ def vcc2026_score(user, baseline, replicate):
     scaled = np.clip((u - b) / room, low, high)
     return pd.Series([*scaled, scaled.mean()], [*names, 'average'])
 
-# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000035
+# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000036
 def in_components(c, k=50):
     "Real and predicted cells (cells, k) on the first `k` of 50 principal components of the real cells, controls included."
     def basis(): return principal_components(c.real_cells.X, min(50, *(s - 1 for s in c.real_cells.X.shape)), np.random.default_rng(0))
@@ -283,7 +284,7 @@ def on_changed_genes(c, definition, k):
         values.append(defined(definition, mine, np.zeros(len(mine), int), theirs, np.zeros(len(theirs), int), 1)[0])
     return np.array(values)
 
-# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000036
+# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000037
 for name, definition, space, k in (
         ('perturbench.energy', 'mmd.perturbench', on_components, 30), ('pertpy.e_distance', 'energy.pertpy', on_components, 50),
         ('scperturb.e_distance', 'energy.scperturb', on_components, 50), ('scperteval.e_distance', 'energy.scperteval', on_components, 50),
@@ -296,7 +297,7 @@ for name, definition, space, k in (
                   genes=f'{k} principal components of the real cells' if space is on_components else f'{k} of largest real |t|')(
         lambda c, space=space, definition=definition, k=k: space(c, definition, k))
 
-# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000038
+# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000039
 def cloud_distance(c, distance, **options):
     "`distributions.between` of predicted and real cells of each condition (n,), on 30 principal components."
     real, predicted = in_components(c, 30)
@@ -317,7 +318,7 @@ def _(c): return cloud_distance(c, 'sliced_wasserstein')
 @family_metric('cells.sinkhorn', formula='debiased entropic optimal transport', source='Feydy et al. 2019', distance='squared Euclidean cost', range='[0, inf)', **_CLOUD)
 def _(c): return cloud_distance(c, 'sinkhorn', debiased=True)
 
-# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000040
+# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000041
 _TOP = dict(higher=True, best=1, range='[0, 1]', needs='cells', averaging="Welch's t of cells", control='own, each side', degenerate='fewer genes than k: all of them',
             ranking='|t| within each side, ties by position')
 
@@ -326,7 +327,7 @@ for name, k, source in (('perturbench.deg_recall', 50, 'PerturBench @ c84038b'),
     family_metric(name, formula=f'|T & P| / {k}, the {k} genes of largest |t| on each side', source=source, genes=f'top {k} of each side', **_TOP)(
         lambda c, k=k: DE.top_recall(tested(c, 'real', 'welch', 'scanpy'), tested(c, 'predicted', 'welch', 'scanpy'), k))
 
-# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000042
+# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000043
 @family_metric('systema.jaccard_top20', formula='|T & P| / |T | P|, the 20 genes of largest |effect| on each side', source='Systema @ fe087c9 (eval_utils)', needs='effects', higher=True, best=1,
                range='[0, 1]', genes='top 20 of each side', ranking='|effect| within each side, ties by position', degenerate='a prediction of no change has the first 20 genes')
 def _(c):
@@ -334,7 +335,7 @@ def _(c):
     for mask, top in ((mine, largest(c.predicted_effects, 20)), (theirs, c.top(20))): np.put_along_axis(mask, top, True, axis=1)
     return (mine & theirs).sum(1) / (mine | theirs).sum(1)
 
-# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000044
+# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000045
 def gears_genes(c, keep='non_dropout'):
     "Positions (n, 20) of GEARS's genes of each condition, chosen on the real cells; -1 where there are fewer."
     return DE.top_genes(tested(c, 'real', 'welch', 'scanpy'), 20, keep)
@@ -359,7 +360,7 @@ def share(truth, known):
     "Mean of the booleans `truth` (n, k) over the `known` (n, k); NaN where none is."
     return np.divide((truth & known).sum(1), known.sum(1), out=np.full(len(known), np.nan), where=known.any(1))
 
-# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000045
+# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000046
 _GEARS = dict(source='GEARS @ f374e43', needs='cells', degenerate='fewer genes than 20: those there are; NaN for none')
 
 for keep, called, genes in (('all', '', '20 of largest real |t|'), ('non_dropout', '_non_dropout', '20 of largest real |t| without dropouts')):
@@ -376,7 +377,7 @@ for keep, called, genes in (('all', '', '20 of largest real |t|'), ('non_dropout
     family_metric(f'gears.direction_opposite_de20{called}', formula='share of 20 genes with opposite signs of p - control and t - control', higher=False, best=0,
                   range='[0, 1]', genes=genes, **_GEARS)(lambda c, f=agreement: f(c, 2))
 
-# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000046
+# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000047
 _BAND = _GEARS | dict(higher=True, best=1, range='[0, 1]', genes='20 of largest real |t| without dropouts, not all zero', averaging='predicted mean against real cells', control='none', centring='none')
 
 for low, high, name in ((3, 4, '45_55'), (2, 5, '40_60'), (1, 6, '25_75'), (0, 7, 'min_max')):
@@ -391,7 +392,7 @@ for limit in (1, 2):
         return share(sigma <= limit, band(c)[8] > 0)
     family_metric(f'gears.frac_sigma_below_{limit}', formula=f'share of genes with |p - t| <= {limit} sd of the real cells', **_BAND)(below)
 
-# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000048
+# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000049
 def against_rest(cells, n):
     "`(t, p_adjusted)` (n, g) of every condition against all other perturbed cells, as scanpy's t-test_overestim_var: the rest counts as if it had as many cells."
     rows = np.flatnonzero(cells.group >= 0)
@@ -420,7 +421,7 @@ _CSB = dict(source='CellSimBench @ 08db3c1', needs='cells', averaging='mean of l
                degenerate='NaN if all weights are 0', **_CSB)
 def _(c): return weighted_mse(c.predicted, c.real, gene_weights(c))
 
-# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000049
+# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000050
 for called, centring, sides in (('deltactrl', 'control', lambda c: (c.predicted_effects, c.real_effects)),
                                 ('deltapert', 'training perturbation mean', lambda c: (centred(c.predicted_effects, c.reference), centred(c.real_effects, c.reference)))):
     fields = dict(higher=True, best=1, centring=centring, **_CSB)
@@ -436,7 +437,7 @@ for called, centring, sides in (('deltactrl', 'control', lambda c: (c.predicted_
     family_metric(f'cellsimbench.pearson_{called}_degs', formula='Pearson of p and t', range='[-1, 1]', genes='changed against the other perturbed cells (FDR < .05)',
                   degenerate='NaN for fewer than 3 genes; 0 if constant', **fields)(lambda c, sides=sides: on_changed(pearson, *sides(c), _rest(c)[1] < .05))
 
-# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000051
+# %% ../../nbs/06d_evaluate.cell_panels.ipynb #00000052
 def determination(predicted, truth): return weighted_r2(predicted, truth, np.ones_like(truth))
 
 for name, formula, source, function in (

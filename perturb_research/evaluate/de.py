@@ -75,6 +75,7 @@ def _walk(keys, codes, zeros, zero, u, ties):
         below += c
     ties += shared
 
+# %% ../../nbs/06a_evaluate.de.ipynb #00000013
 @nb.njit(**_compile)
 def _rank_sums(block, edge, bits, codes, start, sizes, sign, u, ties):
     """U and the sum of T^3 - T over runs of ties, rows of `u` and `ties` (genes, n), of a block of genes, from values given gene after gene as `bits`.
@@ -90,7 +91,7 @@ def _rank_sums(block, edge, bits, codes, start, sizes, sign, u, ties):
         keys, own = _sorted(keys, own, 8 * keys.itemsize)
         _walk(keys, own, zeros, sign, u[g], ties[g])
 
-# %% ../../nbs/06a_evaluate.de.ipynb #00000014
+# %% ../../nbs/06a_evaluate.de.ipynb #00000015
 @nb.njit(**_compile)
 def _count(block, edge, data, indices, indptr, place):
     "Add the nonzero values of each gene in a block of rows to place[block]."
@@ -112,6 +113,7 @@ def _blocks(kernel, size, blocks, *arrays):
     edge = np.linspace(0, size, blocks + 1).astype(np.int64)
     with ThreadPoolExecutor(nb.config.NUMBA_NUM_THREADS) as pool: list(pool.map(lambda block: kernel(block, edge, *arrays), range(blocks)))
 
+# %% ../../nbs/06a_evaluate.de.ipynb #00000016
 def _by_gene(X, codes):
     "`(values, codes, start)`: the nonzero values of X (CSR) and the codes of their cells, gene after gene; gene g has [start[g], start[g + 1])."
     place = np.zeros((16, X.shape[1]), np.int64)
@@ -123,7 +125,7 @@ def _by_gene(X, codes):
     _blocks(_scatter, X.shape[0], 16, *csr, codes, place, values, own)
     return values, own, start
 
-# %% ../../nbs/06a_evaluate.de.ipynb #00000016
+# %% ../../nbs/06a_evaluate.de.ipynb #00000018
 @nb.njit(**_compile)
 def _moments(block, edge, values, codes, start, sizes, linear, mean, var):
     """Mean and unbiased variance (NaN for one cell) of each code, rows of `mean` and `var` (genes, n + 1), of a block of genes.
@@ -148,7 +150,7 @@ def _per_gene(kernel, arranged, sizes, option, columns):
     _blocks(kernel, genes, 64, *arranged, sizes, option, first, second)
     return first.T, second.T
 
-# %% ../../nbs/06a_evaluate.de.ipynb #00000019
+# %% ../../nbs/06a_evaluate.de.ipynb #00000021
 def _wilcoxon(u, ties, n, m, tie_correct, continuity):
     "z and two-sided normal p from U and the sum of T^3 - T, each (n groups, genes); `n` (groups, 1) and `m` cells."
     N = n + m
@@ -169,12 +171,12 @@ def _welch(mean, var, control_mean, control_var, n, m):
     t[np.isnan(t)] = 0
     return t, np.where(t == 0, 1, 2 * stdtr(np.where(np.isfinite(freedom), freedom, 1), -np.abs(t)))
 
-# %% ../../nbs/06a_evaluate.de.ipynb #00000021
+# %% ../../nbs/06a_evaluate.de.ipynb #00000023
 def log10_p(z):
     "log10 of the two-sided normal p of `z`, finite for every finite z."
     return (np.log(2) + log_ndtr(-np.abs(z))) / np.log(10)
 
-# %% ../../nbs/06a_evaluate.de.ipynb #00000024
+# %% ../../nbs/06a_evaluate.de.ipynb #00000026
 def benjamini_hochberg(p):
     "Adjusted p over the last axis; NaN (not tested) is not counted and stays NaN."
     p = np.asarray(p, dtype=float)
@@ -185,7 +187,7 @@ def benjamini_hochberg(p):
     np.put_along_axis(adjusted, order, np.minimum(smallest, 1), -1)
     return adjusted
 
-# %% ../../nbs/06a_evaluate.de.ipynb #00000027
+# %% ../../nbs/06a_evaluate.de.ipynb #00000029
 FOLD_CHANGES = 'pdex', 'scanpy', 'cpm', 'difference'
 
 def _fold_change(how, mean, control_mean):
@@ -205,7 +207,7 @@ def _check_logs(values, how):
         raise Problem(f"X: {'whole numbers' if whole else 'values'} up to {high:g}, which look like counts; fold_change={how!r} needs log1p values: "
                       "log-normalise first, or use fold_change='difference'")
 
-# %% ../../nbs/06a_evaluate.de.ipynb #00000030
+# %% ../../nbs/06a_evaluate.de.ipynb #00000032
 @dataclass(frozen=True, eq=False)
 class DE:
     "Differential expression of n groups of cells against the controls, for g genes."
@@ -231,7 +233,7 @@ class DE:
         columns = {name: getattr(self, name).ravel() for name in ('score', 'p', 'p_adjusted', 'log2_fold_change')}
         return pd.DataFrame({'group': np.repeat(self.groups, g), 'gene': np.tile(self.genes, n), **columns})
 
-# %% ../../nbs/06a_evaluate.de.ipynb #00000032
+# %% ../../nbs/06a_evaluate.de.ipynb #00000034
 def _checked_cells(X, group, n_groups, groups, genes):
     "X as an array or a CSR matrix of floats without repeated entries, codes (0: control), and the names of groups and genes."
     X = (X if X.format == 'csr' and X.has_canonical_format else sp.csr_matrix(X, copy=True)) if sp.issparse(X) else np.asarray(X)
@@ -255,7 +257,7 @@ def _checked_cells(X, group, n_groups, groups, genes):
         raise Problem(f"group: no cells of {(sizes == 0).sum()} of the {n} groups, the first {first!r}; expected numbers without gaps; leave such groups out")
     return X, (group + 1).astype(np.int16 if n < 2**15 - 1 else np.int32), sizes, groups, genes
 
-# %% ../../nbs/06a_evaluate.de.ipynb #00000034
+# %% ../../nbs/06a_evaluate.de.ipynb #00000036
 AT_ONCE = 2**25  # values of a dense matrix
 
 def _statistics(X, codes, sizes, test, fold_change, tie_correct, continuity):
@@ -272,6 +274,7 @@ def _statistics(X, codes, sizes, test, fold_change, tie_correct, continuity):
     level = 100 * _per_gene(_moments, (values, own, start), sizes, True, len(sizes))[0] if fold_change == 'cpm' else mean  # log1p of 1e4 a cell: 100 in a million
     return score, p, _fold_change(fold_change, level[1:], level[0]), mean
 
+# %% ../../nbs/06a_evaluate.de.ipynb #00000037
 def differential_expression(X, group, *, n_groups=None, groups=None, genes=None, test='wilcoxon', fold_change='pdex', tie_correct=True, continuity=True):
     """`DE` of every group of cells against the controls, for every gene.
 
@@ -290,7 +293,7 @@ def differential_expression(X, group, *, n_groups=None, groups=None, genes=None,
     score, p, change, mean = (np.ascontiguousarray(np.concatenate(a, axis=1)) for a in zip(*parts))
     return DE(groups, genes, score, p, benjamini_hochberg(p), change, mean[1:], mean[0], sizes[1:], int(sizes[0]), test)
 
-# %% ../../nbs/06a_evaluate.de.ipynb #00000044
+# %% ../../nbs/06a_evaluate.de.ipynb #00000047
 def expressed_in_control(X, group, cpm=5.):
     "Genes (g,) whose mean over the control cells (group -1) exceeds `cpm` counts per million; X (cells, g) log1p of counts scaled to 1e4. cell-eval2 0.16."
     controls = X[np.flatnonzero(np.asarray(group) == -1)]
@@ -301,7 +304,7 @@ def restrict(de, tested):
     p = np.where(np.broadcast_to(tested, de.p.shape), de.p, np.nan)
     return replace(de, p=p, p_adjusted=benjamini_hochberg(p))
 
-# %% ../../nbs/06a_evaluate.de.ipynb #00000047
+# %% ../../nbs/06a_evaluate.de.ipynb #00000050
 def _pair(real, predicted):
     "Refuse tables of different groups or genes."
     for what in ('groups', 'genes'):
@@ -321,6 +324,7 @@ def _places(de, alpha):
         np.put_along_axis(kept[alpha], np.argsort(key, axis=1, kind='stable'), np.arange(key.shape[1], dtype=np.int32)[None], 1)
     return kept[alpha]
 
+# %% ../../nbs/06a_evaluate.de.ipynb #00000051
 def _head_overlap(real, predicted, k, alpha, longest):
     "Shared genes of both lists cut at min(k, `longest`), as a share of that number; 0 where it is 0."
     _pair(real, predicted)
@@ -343,7 +347,7 @@ def precision_at(real, predicted, k=None, alpha=.05):
     "The same with the length taken from the predicted side. cell-eval 0.8: precision_at_N, precision_at_k."
     return _head_overlap(real, predicted, k, alpha, n_significant(predicted, alpha))
 
-# %% ../../nbs/06a_evaluate.de.ipynb #00000051
+# %% ../../nbs/06a_evaluate.de.ipynb #00000055
 def _masked_ranks(x, mask):
     "Ranks (n, g) of the values under `mask` among themselves, ties sharing their mean rank; 0 elsewhere."
     return np.where(mask, rankdata(np.where(mask, np.nan_to_num(x, posinf=1e30, neginf=-1e30), np.inf), axis=1), 0)
@@ -360,6 +364,7 @@ def direction_match(real, predicted, alpha=.05):
     asked = real.significant(alpha) & ~np.isnan(predicted.p)
     return _ratio((asked & (np.sign(real.log2_fold_change) == np.sign(predicted.log2_fold_change))).sum(1), asked.sum(1), np.nan)
 
+# %% ../../nbs/06a_evaluate.de.ipynb #00000056
 def spearman_fold_change(real, predicted, alpha=.05):
     """Rank correlation of the fold changes over the real significant genes; NaN where there are fewer than two or a side is constant.
 
@@ -385,7 +390,7 @@ def significant_recall(real, predicted, alpha=.05):
     _pair(real, predicted)
     return _ratio((real.significant(alpha) & predicted.significant(alpha)).sum(1), n_significant(real, alpha), np.nan)
 
-# %% ../../nbs/06a_evaluate.de.ipynb #00000052
+# %% ../../nbs/06a_evaluate.de.ipynb #00000057
 def _ranked(real, predicted, alpha):
     """Predicted adjusted p, which genes are tested in `real`, and which are significant there, each (n, g).
 
@@ -410,6 +415,7 @@ def pr_auc(real, predicted, alpha=.05):
     both = label.any(1) & (tested & ~label).any(1)
     return np.where(both, _ratio((precision * hit).sum(1), label.sum(1), np.nan), np.nan)
 
+# %% ../../nbs/06a_evaluate.de.ipynb #00000058
 def roc_auc(real, predicted, alpha=.05):
     """Chance that a real significant gene has a smaller predicted adjusted p than another, ties counting 1/2.
 
@@ -420,7 +426,7 @@ def roc_auc(real, predicted, alpha=.05):
     above = (rankdata(q, axis=1) * label).sum(1) - positive * (positive + 1) / 2
     return 1 - _ratio(above, positive * negative, np.nan)
 
-# %% ../../nbs/06a_evaluate.de.ipynb #00000055
+# %% ../../nbs/06a_evaluate.de.ipynb #00000061
 def _agree(real, predicted):
     "Genes whose real fold change has a sign (in the table), and those where the predicted one has the same."
     sign = np.where(np.isnan(real.p), 0, np.sign(real.log2_fold_change))
@@ -436,6 +442,7 @@ def direction_yield(real, predicted, alpha=.05):
     calls = predicted.significant(alpha) & signed
     return _ratio((calls & same).sum(1), np.maximum(calls.sum(1), n_significant(real, alpha)), np.nan)
 
+# %% ../../nbs/06a_evaluate.de.ipynb #00000062
 def direction_reach(real, predicted, alpha=.05, purity=.9):
     """Deepest prefix of the real significant genes, most confidently predicted first, in which a share `purity` has the right sign, over their number.
 
@@ -454,6 +461,7 @@ def significant_jaccard(real, predicted, alpha=.05):
     a, b = real.significant(alpha), predicted.significant(alpha)
     return _ratio((a & b).sum(1), (a | b).sum(1), 1)
 
+# %% ../../nbs/06a_evaluate.de.ipynb #00000063
 def fold_change_nmae(real, predicted, alpha=.05, least=10):
     """Sum of absolute errors of the fold changes over the sum of absolute real ones, over the real significant genes.
 
@@ -466,7 +474,7 @@ def fold_change_nmae(real, predicted, alpha=.05, least=10):
     ratio = _ratio(np.abs(np.where(asked, guess - true, 0)).sum(1), np.abs(true).sum(1), np.nan)
     return np.where(asked.sum(1) >= least, ratio, np.nan)
 
-# %% ../../nbs/06a_evaluate.de.ipynb #00000058
+# %% ../../nbs/06a_evaluate.de.ipynb #00000066
 def _confusion(real, predicted, alpha):
     "True positives, false positives, false negatives, true negatives, each (n,), over the genes tested in `real`."
     _pair(real, predicted)
@@ -488,7 +496,7 @@ def matthews(real, predicted, alpha=.05):
     tp, fp, fn, tn = _confusion(real, predicted, alpha)
     return _ratio(tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)), -1)
 
-# %% ../../nbs/06a_evaluate.de.ipynb #00000061
+# %% ../../nbs/06a_evaluate.de.ipynb #00000069
 def top_genes(de, k=20, keep='all'):
     """Positions (n, k) of the genes with the largest absolute score, the earlier first where equal; -1 where there are fewer.
 
@@ -512,6 +520,7 @@ def _shared_top(real, predicted, k):
         tops.append(inside[:, :-1])
     return (tops[0] & tops[1]).sum(1), tops[0].sum(1), (tops[0] | tops[1]).sum(1)
 
+# %% ../../nbs/06a_evaluate.de.ipynb #00000070
 def top_recall(real, predicted, k=20):
     """Share of the real top `k` genes by absolute score among the predicted top `k`.
 

@@ -90,6 +90,7 @@ def _transposed_times(data, indices, indptr, Y, out):
             value, row = data[k], out[indices[k]]
             for j in range(len(row)): row[j] += value * other[j]
 
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000013
 def _centred_times(X, start, mean, Q, back=False):
     "(X - mean) Q of one block of rows; `back`: (X - mean)^T (X - mean) Q of it. CSR stays CSR."
     part = X[start:start + ROWS]
@@ -115,7 +116,7 @@ def _covariance_times(X, mean, Q):
     "Covariance (d, d) of the cells times Q (d, l), without forming it."
     return sum(_blocks(X, mean, Q, True), np.zeros(Q.shape)) / X.shape[0]
 
-# %% ../../nbs/06b_evaluate.distributions.ipynb #00000013
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000014
 def principal_components(X, k=50, rng=None, *, iterations=6, extra=10):
     """First `k` principal components of cells `X` (cells, d), CSR or dense, as a `Basis`.
 
@@ -139,7 +140,7 @@ def project(X, basis):
     if X.shape[1] != len(basis.mean): raise Problem(f"X: {X.shape[1]} columns; expected {len(basis.mean)}, those of the principal components")
     return np.concatenate(list(_blocks(X, basis.mean, basis.components.T))).astype(float)
 
-# %% ../../nbs/06b_evaluate.distributions.ipynb #00000016
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000017
 CLOSE = {'float64': 1e-8, 'float32': 1e-4, 'bfloat16': 3e-2}  # of |x|^2 + |y|^2: below it too few digits are left
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST)
@@ -152,6 +153,7 @@ def _squares(x):
         out[i] = total
     return out
 
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000018
 @numba.njit(nogil=True, cache=True, fastmath=FAST)
 def _square_distances(product, a, x, b, y, close):
     "Turn x.y in place into |x_i - y_j|^2, where the rows of y sum to zero and a, b are |x|^2, |y|^2; the number of close pairs in each row."
@@ -167,6 +169,7 @@ def _square_distances(product, a, x, b, y, close):
             product[i, j] = square
     return near
 
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000019
 @numba.njit(nogil=True, cache=True, fastmath=FAST)
 def _close_pairs(squares, a, x, b, y, close):
     "The squared distance of each close pair again, from its difference."
@@ -187,6 +190,7 @@ def _root_sums(squares):
         out[i] = total
     return out
 
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000020
 def _by_rows(kernel, rowwise, *fixed):
     "`kernel(*rowwise, *fixed)`, the rows of the arrays in `rowwise` shared out among threads where there is enough to do; the results joined."
     n = len(rowwise[0])
@@ -196,7 +200,7 @@ def _by_rows(kernel, rowwise, *fixed):
         done = list(pool.map(lambda a, b: kernel(*(r[a:b] for r in rowwise), *fixed), cuts[:-1], cuts[1:]))
     return None if done[0] is None else np.concatenate(done)
 
-# %% ../../nbs/06b_evaluate.distributions.ipynb #00000018
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000022
 def _precision(work, precision=None):
     "The precision of a product of `work` multiply-adds."
     if precision in CLOSE: return precision
@@ -207,6 +211,7 @@ def _precision(work, precision=None):
     native = torch.cpu.get_capabilities()
     return 'bfloat16' if native.get('avx512_bf16') or native.get('amx_bf16') else 'float32'
 
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000023
 class _Cloud:
     "Cells `y` around their mean, made ready for products."
     def __init__(self, cells, precision):
@@ -239,7 +244,7 @@ class _Cloud:
         if near: _by_rows(_close_pairs, rowwise, *fixed, close)
         return squares
 
-# %% ../../nbs/06b_evaluate.distributions.ipynb #00000021
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000026
 def _root_total(X, rows, Y, others, precision):
     "Sum of |x_i - y_j| over all `others`, for each of `rows` (float64)."
     total, step = np.zeros(len(rows)), max(1, 2**27 // Y.shape[1])  # cells of Y at once: 512 MB in single precision
@@ -268,7 +273,7 @@ def _squared_energy(means, spreads, n, unbiased):
     value = 2 * ((means[0] - means[1])**2).sum(axis=-1)
     return value - 2 * sum(_within(s * m, m, True) for s, m in zip(spreads, n)) if unbiased else value
 
-# %% ../../nbs/06b_evaluate.distributions.ipynb #00000023
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000028
 def _moments(X, rows):
     "Mean (d,), summed variance and number of the cells in `rows`; NaN without cells."
     if not len(rows): return np.full(X.shape[1], np.nan), np.nan, 0
@@ -299,7 +304,7 @@ def energy_to_control(Z, group, n_groups, *, squared=False, unbiased=False, max_
     cross = np.divide(cross, n * m, out=np.full(n_groups, np.nan), where=n > 0)
     return _energy(cross, _within(own, n, unbiased), shared, unbiased, precision)
 
-# %% ../../nbs/06b_evaluate.distributions.ipynb #00000026
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000031
 def _pairs(x, y):
     "Squared distances of two clouds and within each: (xy, xx, yy)."
     precision = _precision(x.shape[1] * (len(x) + len(y))**2)
@@ -323,6 +328,7 @@ def mmd_linear(x, y, unbiased=False):
     "MMD^2 with the kernel x.y: the squared distance of the two means; `unbiased` takes off their noise. pertpy's default."
     return energy(x, y, squared=True, unbiased=unbiased, half=True)
 
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000032
 def mmd_energy(x, y, unbiased=False):
     "MMD^2 with the kernel -|x - y|: half the energy distance. geomloss' SamplesLoss('energy'), PerturBench's 'MMD'."
     return energy(x, y, unbiased=unbiased, half=True)
@@ -345,7 +351,7 @@ def mmd_rbf(x, y, gamma='median', unbiased=True):
         values.append(_mean_off_diagonal(kernel[1], unbiased) + _mean_off_diagonal(kernel[2], unbiased) - 2 * kernel[0].mean(dtype=float))
     return float(np.mean(values))
 
-# %% ../../nbs/06b_evaluate.distributions.ipynb #00000029
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000035
 def sliced_wasserstein(x, y, projections=100, p=2, seed=0):
     """Sliced p-Wasserstein distance of cells x (n, d) and y (m, d) over `projections` directions drawn by `seed`; exact on each line, also for n != m.
 
@@ -360,7 +366,7 @@ def sliced_wasserstein(x, y, projections=100, p=2, seed=0):
     gap = np.abs(a[(steps - 1) // m] - b[(steps - 1) // n])
     return float((weight @ gap**p).mean() ** (1 / p))
 
-# %% ../../nbs/06b_evaluate.distributions.ipynb #00000032
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000038
 def _entropic(cost, epsilon, tolerance=1e-3, iterations=20_000):
     "Entropic optimal transport of uniform weights with `cost` (n, m): the dual value; NaN where marginals stay farther off than `tolerance` in L1."
     n, m = cost.shape
@@ -391,7 +397,7 @@ def sinkhorn(x, y, epsilon=.05, debiased=False, root=False):
     if debiased: value = max(0., value - (_entropic(xx, penalty) + _entropic(yy, penalty)) / 2)
     return float(np.sqrt(value)) if root else float(value)
 
-# %% ../../nbs/06b_evaluate.distributions.ipynb #00000035
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000041
 def symmetric_kl(x, y, floor=1e-8, log2=False):
     "Symmetric Kullback-Leibler divergence of per-column Gaussians, mean over columns; `floor` is added to each standard deviation; `log2`: log2(1 + it). pertpy, scPerturBench."
     (mx, sx), (my, sy) = ((c.mean(axis=0, dtype=float), _deviation(c) + floor) for c in (x, y))
@@ -402,7 +408,7 @@ def _deviation(cells):
     "Standard deviation of each column, exactly 0 where all values are equal."
     return np.where(np.ptp(cells, axis=0) == 0, 0, cells.std(axis=0, dtype=float))
 
-# %% ../../nbs/06b_evaluate.distributions.ipynb #00000038
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000044
 DISTANCES = {f.__name__: f for f in (energy, mmd_energy, mmd_linear, mmd_rbf, sliced_wasserstein, sinkhorn, symmetric_kl)}
 
 @cache
@@ -427,7 +433,7 @@ def between(Z_predicted, group_predicted, Z_real, group_real, n_groups, distance
     def one(p, r): return DISTANCES[distance](_dense(predicted, p), _dense(real, r), **options) if len(p) and len(r) else np.nan
     with _pools().limit(limits=1), ThreadPoolExecutor(THREADS) as pool: return np.array(list(pool.map(one, *sides)))  # a condition a thread, not a product
 
-# %% ../../nbs/06b_evaluate.distributions.ipynb #00000041
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000047
 @dataclass(frozen=True)
 class Definition:
     "A distance as one system computes it."
@@ -476,7 +482,7 @@ DEFINITIONS = {d.name: d for d in (
                'scPerturBench', dict(log2=True), 2000,
                'a gene without variance on one side counts up to 1e16', 'another draw of the 2,000 cells'))}
 
-
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000048
 def defined(name, Z_predicted, group_predicted, Z_real, group_real, n_groups, *, seed=0):
     "The `DEFINITIONS` entry `name` for each condition (n_groups,), in the space that the cells are given in; otherwise as `between`."
     if name not in DEFINITIONS: raise Problem(f"definition {name!r} is unknown; expected one of {', '.join(DEFINITIONS)}")

@@ -52,6 +52,7 @@ def pearson(predicted, truth):
     "Pearson correlation over the last axis; 0 where a vector is constant."
     return cosine(_deviations(predicted), _deviations(truth))
 
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000013
 def _ranks(x):
     "SciPy's rankdata over the last axis; rows without ties, the usual ones, in half the time."
     order = np.argsort(x, axis=-1)
@@ -65,13 +66,13 @@ def spearman(predicted, truth):
     "Pearson correlation of the ranks over the last axis, tied values sharing their mean rank; 0 where a vector is constant."
     return pearson(_ranks(predicted), _ranks(truth))
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000015
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000016
 def direction(predicted, truth):
     "Share of genes with a non-zero true effect whose sign is right, over the last axis; a predicted zero counts 1/2; 1/2 where no gene has an effect."
     agreement, genes = np.vecdot(np.sign(predicted), np.sign(truth)), np.count_nonzero(truth, axis=-1)
     return .5 + .5 * np.divide(agreement, genes, out=np.zeros_like(agreement), where=genes > 0)
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000018
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000019
 def placed(gap, slack, itself, *, ties='half', denominator='others'):
     """1 - rank / denominator of a condition among candidates, 1 best; `gap` (..., n, k) is the distance to each candidate minus that to the condition itself.
 
@@ -85,7 +86,7 @@ def placed(gap, slack, itself, *, ties='half', denominator='others'):
     total = others + (denominator == 'all')
     return np.divide(won + (total - others), total, out=np.full(won.shape, .5), where=others > 0)
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000021
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000022
 def distances(points, candidates, distance='l2', removed=None):
     """Distances (n, k) between rows of `points` (n, g) and `candidates` (k, g): 'l1', 'l2' or 'cosine' (1 where a vector is zero).
 
@@ -112,7 +113,7 @@ def discrimination(predicted, real, *, distance='l2', fixed='prediction', ties='
     slack = 1e-13 * (1 if distance == 'cosine' else d.max(axis=1, keepdims=True))  # rounding
     return placed(d - np.diagonal(d)[:, None], slack, np.ones(len(d), dtype=bool), ties=ties, denominator=denominator)
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000024
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000025
 def centroid_accuracy(predicted, truth, candidates, own):
     """Share of the other `candidates` (k, g) that lie farther in L2 from a prediction (..., n, g) than its own `truth` (n, g); ties count 1/2.
 
@@ -124,14 +125,14 @@ def centroid_accuracy(predicted, truth, candidates, own):
     slack = 1e-12 * (np.vecdot(predicted, predicted) + own_size + size.max())[..., None]  # rounding of the products
     return placed(farther, slack, np.asarray(own) >= 0)
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000027
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000028
 def beats_mean(predicted, truth, train_mean):
     "1 where `predicted` is nearer to `truth` in L2 than `train_mean` (g,) is, 0 where farther, 1/2 where equal up to single precision."
     gain = l2(train_mean, truth) - l2(predicted, truth)
     tie = np.abs(gain) <= TINY * (l2(train_mean, truth) + np.linalg.norm(train_mean))
     return np.where(tie, .5, gain > 0)
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000030
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000031
 def perturbation_mean(effects):
     """Mean effect (g,) over the perturbations of an effect-level AnnData: first over the conditions of each perturbation, then over perturbations.
 
@@ -140,7 +141,7 @@ def perturbation_mean(effects):
     who = [effects.obs[column].astype(str).to_numpy() for column in ('perturbation', 'perturbation_type') if column in effects.obs]
     return pd.DataFrame(np.asarray(effects.X, dtype=float)).groupby(who).mean().to_numpy().mean(axis=0)
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000033
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000034
 def centred(effects, train_mean):
     "`effects` (..., g) minus `train_mean` (g,); differences below 1e-6 of its largest entry are rounding and become 0."
     difference = effects - train_mean
@@ -151,7 +152,7 @@ def largest(truth, k):
     "Positions (n, k) of the `k` largest absolute effects in each row, largest first; the earlier gene first where equal."
     return np.argsort(-np.abs(truth), axis=-1, kind='stable')[..., :k]
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000036
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000037
 class Choices(NamedTuple):
     "The ten choices that a metric stands for; the defaults are those of effects against a screen's own controls."
     scale: str = 'log1p'                # of the values that are averaged and compared
@@ -165,7 +166,7 @@ class Choices(NamedTuple):
     degenerate: str = 'none'            # the value where there is nothing to compute, and when
     aggregation: str = 'condition, perturbation, mean'  # the order in which values become one number
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000039
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000040
 @dataclass(frozen=True)
 class Metric:
     "A named metric: its formula, which way is better, where it is from, and the ten choices that it stands for."
@@ -201,13 +202,14 @@ _VIEWS = {'all': ('', {}), 'top20': (' on the 20 genes of largest |t|', dict(gen
           'top50': (' on the 50 genes of largest |t|', dict(genes='50 of largest |t|, chosen by the truth')),
           'centred': (' of p - m and t - m', dict(centring='training perturbation mean'))}
 
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000041
 def _viewed(form, view):
     "The `Metric` of one form on one view."
     (where, chosen), fields = _VIEWS[view], dict(_FORMS[form])
     choices = Choices(degenerate=fields.pop('degenerate', 'none'), **chosen)
     return Metric(form if view == 'all' else f'{form}_{view}', view=view, choices=choices, **fields | dict(formula=fields['formula'] + where))
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000040
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000042
 METRICS = {m.name: m for m in (
     *(_viewed(form, view) for form in _FORMS for view in _VIEWS if _FORMS[form]['higher'] or view != 'centred'),
     Metric('centroid_accuracy', centroid_accuracy, 'share of other true effects farther from p than t is (L2)', True, 1., '[0, 1]',
@@ -217,13 +219,13 @@ METRICS = {m.name: m for m in (
     Metric('beats_mean', beats_mean, '1 if l2(p, t) < l2(m, t), 1/2 if equal, else 0', True, 1., '[0, 1]', 'Ahlmann-Eltze et al. 2025', view='mean',
            choices=Choices(distance='L2', degenerate='1/2 if p is the training mean')))}
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000041
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000043
 def described(metrics):
     "One row for each of `metrics`, with everything that its name stands for: a DataFrame of formula, direction, best value, range, source, needs, and the ten choices."
     plain = lambda m: {k: v for k, v in vars(m).items() if k not in ('function', 'view', 'choices')}
     return pd.DataFrame([plain(m) | m.choices._asdict() for m in metrics]).set_index('name')
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000047
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000049
 def _finite(array, what, shape):
     "`array` if it has `shape` and holds finite numbers, else a `Problem` that names `what`."
     array = np.asarray(array)
@@ -243,6 +245,7 @@ def _chosen(names):
             raise Problem(f"metric {name!r} is unknown; " + (f"did you mean {near[0]!r}? " if near else '') + f"expected names among: {', '.join(METRICS)}")
     return [METRICS[name] for name in (METRICS if names is None else names)]
 
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000050
 def _checked(predicted, truth, train_mean, conditions, candidates):
     "Arrays of agreeing shapes and finite values: predicted (m, n, g), truth (n, g), mean (g,), candidates (k, g), own (n,)."
     truth, predicted, conditions = np.asarray(truth), np.asarray(predicted), pd.Index(conditions)
@@ -256,7 +259,7 @@ def _checked(predicted, truth, train_mean, conditions, candidates):
     return (predicted.reshape(-1, n, g), _finite(truth, 'truth', (n, g)), _finite(train_mean, 'train_mean', (g,)).astype(float),
             _finite(candidates, 'candidates', (len(candidates), g)).astype(float), candidates.index.get_indexer(conditions))
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000049
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000052
 def _block(metrics, predicted, truth, mean, candidates, own):
     "Values (m, n, metrics) of one block of conditions."
     ranked = largest(truth, 50)
@@ -284,7 +287,7 @@ def score(predicted, truth, *, train_mean, conditions, names=None, candidates=No
                           'value': np.concatenate(blocks, axis=1).ravel()})
     return table if np.ndim(predicted) == 3 else table.drop(columns='model')
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000056
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000059
 def relative_l2(scores, reference):
     "Mean L2 of `scores` over mean L2 of `reference` (tables of `score`, over the same conditions; repeats of a condition are averaged first)."
     mine, theirs = (t.loc[t['metric'] == 'l2'].groupby('condition', observed=True)['value'].mean() for t in (scores, reference))

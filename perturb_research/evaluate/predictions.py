@@ -63,6 +63,7 @@ def _key(table, roles):
     columns = [table[r].map(lambda v: f'{v:g}' if v == v else '') if table[r].dtype.kind == 'f' else table[r].astype(str).str.casefold() for r in roles]
     return pd.Series(['|'.join(row) for row in zip(*columns)], index=table.index)
 
+# %% ../../nbs/07a_evaluate.predictions.ipynb #00000010
 def match_conditions(obs, known, genes):
     """For the rows of `obs` (DataFrame): the id of the condition in `known` (DataFrame by id) that each means, '' for none; which are controls; names of neither.
 
@@ -83,6 +84,7 @@ def match_conditions(obs, known, genes):
     foreign = table.loc[(ids == '').to_numpy() & treated, 'perturbation'].astype(str)
     return ids.to_numpy(dtype=object), ~treated, sorted(set(foreign))
 
+# %% ../../nbs/07a_evaluate.predictions.ipynb #00000011
 def _by_id(obs, known, named):
     "`match_conditions` where rows are called by condition ids; `named`: which are."
     if 'perturbation' in obs and (odd := obs['perturbation'].astype(str)[named] != known['perturbation'].astype(str).reindex(obs.index[named])).any():
@@ -99,7 +101,7 @@ def _refuse_ambiguous(ours, known, asked):
     apart = next((r for r in CONDITION if several[r].nunique(dropna=False) > 1), 'condition id')
     raise Problem(f"predictions: {several['perturbation'].iloc[0]!r} may be any of {len(several)} conditions that differ in {apart}; add a column {apart!r} with values such as {several[apart].iloc[0]!r}")
 
-# %% ../../nbs/07a_evaluate.predictions.ipynb #00000012
+# %% ../../nbs/07a_evaluate.predictions.ipynb #00000014
 MOST = .5  # share of the screen's genes, and of the asked conditions, that predictions must at least hold
 
 def match_genes(theirs, ours, rows=()):
@@ -112,7 +114,7 @@ def match_genes(theirs, ours, rows=()):
     raise Problem(f"predictions: hold {(place >= 0).sum()} of the screen's {len(ours)} genes ({share:.0%}; at least {MOST:.0%} needed); "
                   f"theirs are named like {', '.join(theirs[:3])}, the screen's like {', '.join(ours[:3])}; rename the columns")
 
-# %% ../../nbs/07a_evaluate.predictions.ipynb #00000015
+# %% ../../nbs/07a_evaluate.predictions.ipynb #00000017
 def _numbers(predictions):
     "The matrix of `predictions` as CSR or float array; nothing in it, NaN or infinite values: `Problem`."
     X = predictions.X
@@ -141,7 +143,7 @@ def mean_of_groups(X, group, n):
     sums = member @ X
     return (sums.toarray() if sp.issparse(sums) else sums) / np.maximum(np.bincount(group[rows], minlength=n), 1)[:, None]
 
-# %% ../../nbs/07a_evaluate.predictions.ipynb #00000016
+# %% ../../nbs/07a_evaluate.predictions.ipynb #00000018
 def control_profile(effects, conditions):
     """Mean profile of the controls (n, g) that the effect of each of `conditions` (DataFrame by id) was measured against: those of its batches.
 
@@ -153,6 +155,7 @@ def control_profile(effects, conditions):
     if 'mean' in effects.layers: control[row >= 0] = (np.asarray(effects.layers['mean'], dtype=float) - effects.X)[row[row >= 0]]
     return control
 
+# %% ../../nbs/07a_evaluate.predictions.ipynb #00000019
 def _to_effects(profile, control, scale, said):
     "Predicted effects (n, g) from rows that are effects or expression profiles, by their likeness to the `control` (n, g) or None."
     if control is None:
@@ -177,7 +180,7 @@ def _check_scale(profile, control):
     if not 1 / 3 < ratio < 3: raise Problem(f"predictions: profiles hold {ratio:.2g} times the controls' counts; expected log1p (natural logarithm) of counts per 10,000; rescale them, or give effects")
     return [] if .8 < ratio < 1.25 else [f"profiles hold {ratio:.2g} times the controls' counts: were they scaled to 10,000 a cell?"]
 
-# %% ../../nbs/07a_evaluate.predictions.ipynb #00000019
+# %% ../../nbs/07a_evaluate.predictions.ipynb #00000022
 def _form(row, asked, predictions, foreign):
     "Whether the rows of `predictions` are cells, `row` (r,) being the place of each among the conditions `asked`; none at all or some twice: `Problem`."
     counts = np.bincount(row[row >= 0], minlength=len(asked))
@@ -189,6 +192,7 @@ def _form(row, asked, predictions, foreign):
         raise Problem(f"predictions: condition {asked.index[counts > 1][0]!r} occurs {counts.max()} times, others once; expected each once; remove the repeats")
     return of_cells
 
+# %% ../../nbs/07a_evaluate.predictions.ipynb #00000023
 def align(predictions, effects, asked, fill, known=None):
     """`(aligned, said)`: `predictions` (AnnData: effects, profiles or cells) as effects of the conditions `asked` (DataFrame by id) on the genes of `effects`.
 
@@ -215,7 +219,7 @@ def align(predictions, effects, asked, fill, known=None):
     if 'var' in predictions.layers and not of_cells: aligned.layers['var'] = _variance(predictions, row, given, shown, aligned)
     return aligned, said + _account(predictions, effects, aligned, ids, given, shown, foreign)
 
-# %% ../../nbs/07a_evaluate.predictions.ipynb #00000020
+# %% ../../nbs/07a_evaluate.predictions.ipynb #00000024
 def _variance(predictions, row, given, shown, aligned):
     "The layer `var` of `predictions` on the rows and genes of `aligned`; NaN where nothing is predicted."
     var, theirs = np.full(aligned.shape, np.nan, dtype=np.float32), predictions.layers['var']
@@ -245,7 +249,7 @@ def _account(predictions, effects, aligned, ids, given, shown, foreign):
         (0 < same < moving.sum(), f'{same} genes that differ between the measured conditions are predicted the same in every one'),
         (not 1 / 3 < size < 3, f'predicted effects are {size:.2g} times as large as the measured ones: is the scale right (natural logarithm)?')) if applies]
 
-# %% ../../nbs/07a_evaluate.predictions.ipynb #00000023
+# %% ../../nbs/07a_evaluate.predictions.ipynb #00000027
 def measured(truth, control=None):
     "`(effects, cells, said)` of a screen: AnnData of effects as it is (cells None), or of cells with their controls, which may stand in `control`."
     if 'effect_scale' in truth.uns and truth.obs_names.str.count(r'\|').min() >= 4:
@@ -268,6 +272,7 @@ def _named_by_row(truth):
     truth.obs['perturbation'] = truth.obs_names.astype(str)
     return truth
 
+# %% ../../nbs/07a_evaluate.predictions.ipynb #00000028
 def _with_controls(truth, control):
     "The cells of `truth` and, called control, those of `control`."
     role = find_columns(truth.obs)[0].get('perturbation')
@@ -291,7 +296,7 @@ def _references(aligned, test, mean, shared):
     half = pd.concat([half.assign(model=np.array(list(models))[half['model']]), again])
     return pd.concat([table, half.assign(metric=half['metric'] + '@half2')]), f"metrics that end in @half2: everybody, and half 1 as 'replicate', against half 2 of the cells; {line}"
 
-# %% ../../nbs/07a_evaluate.predictions.ipynb #00000024
+# %% ../../nbs/07a_evaluate.predictions.ipynb #00000029
 def evaluate(predictions, truth, control=None, split=None, families=True):
     """Scores of `predictions` against `truth` (AnnData of effects or cells), long: stratum, model, condition, metric, value, higher (is more better?); `attrs['said']` says what was done.
 
@@ -323,6 +328,7 @@ def evaluate(predictions, truth, control=None, split=None, families=True):
     table.attrs['said'] = said
     return table
 
+# %% ../../nbs/07a_evaluate.predictions.ipynb #00000030
 def _shared_genes(predictions, effects, said):
     "`effects` on the genes that `predictions` hold, and `said` with a line on the others: without a split there is nothing honest to put in their place."
     there = match_genes(predictions.var_names, effects.var_names, predictions.obs_names) >= 0
@@ -331,7 +337,7 @@ def _shared_genes(predictions, effects, said):
     if 'control_mean' in part.uns: part.uns['control_mean'] = part.uns['control_mean'][:, there]
     return part, [*said, f"{(~there).sum()} of {len(there)} genes are not predicted, such as {effects.var_names[~there][0]}: nothing is scored on them"]
 
-# %% ../../nbs/07a_evaluate.predictions.ipynb #00000025
+# %% ../../nbs/07a_evaluate.predictions.ipynb #00000031
 def additive_effects(singles, asked):
     "Sum (n, g) of the effects of the parts of each condition `asked` (DataFrame), from the AnnData `singles` in the same context; NaN rows where one is missing or there is but one part."
     alone = [(p[0], kind, context) if len(p) == 1 else None for p, kind, context in zip(parts_of(singles.obs), *(singles.obs[c].astype(str) for c in ('perturbation_type', 'context')))]
@@ -350,6 +356,7 @@ def compare(predicted, test, mean, real_cells=None, predicted_cells=None, additi
     return Comparison(conditions=list(test.obs_names), targets=targets, genes=np.asarray(test.var_names), real=origin + np.asarray(test.X, dtype=float), predicted=origin + predicted,
                       control=control, train_mean=mean, real_cells=real_cells, predicted_cells=predicted_cells, additive=additive)
 
+# %% ../../nbs/07a_evaluate.predictions.ipynb #00000032
 def _families(predictions, aligned, test, mean, cells, singles, said):
     "Other systems' metrics of the prediction, the mean and no change, context by context."
     tables = []
@@ -362,6 +369,7 @@ def _families(predictions, aligned, test, mean, cells, singles, said):
             tables.append(table.assign(model=model, condition=table['condition'].replace('*', f'*|{context}')))
     return pd.concat(tables, ignore_index=True)
 
+# %% ../../nbs/07a_evaluate.predictions.ipynb #00000033
 def _both_cells(predictions, part, cells, said):
     """`Cells` of truth and prediction for the conditions of `part`, all of one context; the second is None where the predictions are no cells with these genes.
 
@@ -386,12 +394,13 @@ def _both_cells(predictions, part, cells, said):
         sides = [None if mine is None else sp.vstack([mine, real[own]], format='csr') for mine, real in zip(sides, (truth.X, truth.counts))]
     return truth, Cells(sides[0], code, sides[1])
 
+# %% ../../nbs/07a_evaluate.predictions.ipynb #00000034
 def _are_counts(X):
     "Whether predicted cells are whole numbers of molecules."
     values = X.data if sp.issparse(X) else X
     return bool((values >= 0).all() and values.max() > 0 and (values == np.floor(values)).all())
 
-# %% ../../nbs/07a_evaluate.predictions.ipynb #00000026
+# %% ../../nbs/07a_evaluate.predictions.ipynb #00000035
 def _in_context(predictions, part):
     "Which rows of `predictions` are of the one context of `part`; all, where they do not say."
     column = find_columns(predictions.obs)[0].get('context')

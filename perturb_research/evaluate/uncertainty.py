@@ -131,6 +131,7 @@ def weighted_quantile(scores, weights, test_weight, level):
     mass = np.cumsum(weights[order])
     return np.append(scores[order], np.inf)[np.searchsorted(mass, checked_level(level) * (mass[-1] + test_weight) * (1 - 1e-12))]
 
+# %% ../../nbs/14a_evaluate.uncertainty.ipynb #00000022
 def density_ratio(calibration, test, clip=20.):
     """Weights `(calibration (n,), test (m,))` proportional to p_test(x) / p_calibration(x), clipped to [1 / clip, clip].
 
@@ -150,7 +151,7 @@ def effective_size(weights):
     "How many equal weights `weights` are worth: (sum w)^2 / sum w^2 (Kish 1965)."
     return float(np.sum(weights)**2 / np.sum(np.square(weights)))
 
-# %% ../../nbs/14a_evaluate.uncertainty.ipynb #00000026
+# %% ../../nbs/14a_evaluate.uncertainty.ipynb #00000027
 NOT_GUARANTEED = ('nothing is guaranteed here: weights repair a different mix of the same kinds of perturbations, if their errors depend on the weighted features alone and '
                   'the ratio is known; it is estimated here, and for kinds that calibration does not hold there is none')
 
@@ -175,7 +176,7 @@ def not_exchangeable(kind, val_strata, test_strata, shared=0, options=None):
     if (kind == 'doubles' and not (options.get('fractions') or [0])[0]) or (kind in ('perturbation', 'kfold') and len(strata) == 1): return ''
     return f"validation and test mix {', '.join(strata)} differently" if len(strata) > 1 else f'it is not known that a {kind} split draws both parts alike'
 
-# %% ../../nbs/14a_evaluate.uncertainty.ipynb #00000029
+# %% ../../nbs/14a_evaluate.uncertainty.ipynb #00000030
 def checked_var(var, shape):
     "`var` as a float array of `shape`, refused where negative or missing."
     var = np.asarray(var, dtype=float)
@@ -191,7 +192,7 @@ def ensemble(means, variances=None):
     own = 0. if variances is None else checked_var(variances, means.shape).mean(0)
     return means.mean(0), own + means.var(0)
 
-# %% ../../nbs/14a_evaluate.uncertainty.ipynb #00000032
+# %% ../../nbs/14a_evaluate.uncertainty.ipynb #00000033
 def _standardised(mean, var, truth):
     "`(z, sd)` of the truth under normal predictions; +-inf, or 0 for an exact hit, where the variance is 0."
     mean, truth = checked_pair(mean, truth)
@@ -219,7 +220,7 @@ def pit(mean, var, truth):
     "Probability that the normal prediction gave to values up to the truth: uniform on [0, 1] for a calibrated model."
     return stats.norm.cdf(_standardised(mean, var, truth)[0])
 
-# %% ../../nbs/14a_evaluate.uncertainty.ipynb #00000034
+# %% ../../nbs/14a_evaluate.uncertainty.ipynb #00000035
 def interval_score(low, high, truth, level):
     "Width plus 2 / alpha times what the truth lies outside, alpha = 1 - `level`; infinite for an infinite interval (Gneiting & Raftery 2007)."
     low, high, truth = np.broadcast_arrays(*(np.asarray(a, dtype=float) for a in (low, high, truth)))
@@ -248,7 +249,7 @@ def ensemble_crps(members, truth):
     rank = np.arange(1, k + 1).reshape(-1, *[1] * (x.ndim - 1))
     return np.abs(x - truth).mean(0) - ((2 * rank - k - 1) * x).sum(0) / (k * (k - 1))  # sum over pairs, from the sorted members
 
-# %% ../../nbs/14a_evaluate.uncertainty.ipynb #00000037
+# %% ../../nbs/14a_evaluate.uncertainty.ipynb #00000038
 class RiskCoverage(NamedTuple):
     "Mean risk (n,) of the 1 ... n surest, its mean `aurc`, those of the oracle and of a random order, and aurc - oracle."
     risk: np.ndarray

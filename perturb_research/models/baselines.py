@@ -506,6 +506,7 @@ class SimilarityKernel(Model):
 
     def effects(self, conditions): return self.average + self.similar(conditions) @ self.alpha
 
+# %% ../../nbs/08_models.baselines.ipynb #00000059
 @register
 class Kernel(InteractionKernel, SimilarityKernel):
     "Kernel ridge regression: of the interaction where perturbations are combined, else of the effect on similar conditions."
@@ -519,7 +520,7 @@ class Kernel(InteractionKernel, SimilarityKernel):
     def effects(self, conditions): return self.way.effects(self, conditions)
     def var(self, conditions): return self.way.var(self, conditions)
 
-# %% ../../nbs/08_models.baselines.ipynb #00000061
+# %% ../../nbs/08_models.baselines.ipynb #00000062
 def candidates(train):
     "Conditions (DataFrame indexed by condition id): all singles and pairs of the genes in the rows `train` of a context, where it has combinations; else those rows."
     train, rows = train.assign(combo=is_combo(train)), []
