@@ -1,5 +1,6 @@
 # make figures   every figure of the embedded screens, or of your own file: DATASET=/path/to/my_screen.h5ad
 #                ... with your own model in them: DATASET=norman PREDICTIONS=/path/to/my_model.h5ad
+#                ... with some of the models only, for a first look: MODELS=baselines, MODELS='gears gaussian'
 # make verify    do the committed figures' numbers come out again?
 # make test      everything that is tested        make lab    JupyterLab        make clean    remove what runs made
 # PYTHON=...     use this environment (made from environment.yml, say) and make none
@@ -7,11 +8,12 @@
 SHELL := /bin/sh
 DATASET ?=
 PREDICTIONS ?=
+MODELS ?=
 NAME ?=
 SET ?=
 PROFILE ?=
 CORES ?=
-export DATASET PREDICTIONS NAME SET PROFILE CORES
+export DATASET PREDICTIONS MODELS NAME SET PROFILE CORES
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 ifdef PYTHON
@@ -24,7 +26,7 @@ endif
 .PHONY: figures verify test lab clean environment
 
 figures: environment
-	@"$(PYTHON)" -m perturb_research.launch figures --dataset "$$DATASET" --predictions "$$PREDICTIONS" --name "$$NAME" --set "$$SET" --profile "$$PROFILE" $${CORES:+--cores "$$CORES"}
+	@"$(PYTHON)" -m perturb_research.launch figures --dataset "$$DATASET" --predictions "$$PREDICTIONS" --models "$$MODELS" --name "$$NAME" --set "$$SET" --profile "$$PROFILE" $${CORES:+--cores "$$CORES"}
 
 verify: environment
 	@"$(PYTHON)" -m perturb_research.launch verify $${CORES:+--cores "$$CORES"}

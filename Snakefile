@@ -7,9 +7,9 @@ from pathlib import Path
 
 ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
-from perturb_research.launch import defaults, modules_of, steps
+from perturb_research.launch import ZOO, defaults, modules_of, steps
 
-ALL = [(screen, step, before) for screen in config["screens"] for step, before in steps(screen["id"]).items()]
+ALL = [(screen, step, before) for screen in config["screens"] for step, before in steps(screen["id"], config["models"]).items()]
 
 
 def done(dataset, step):
@@ -41,6 +41,7 @@ rule all:
 for screen, step, before in ALL:
     rule:
         name: f"{screen['id']}__{step.replace('.', '_')}"
+        priority: 0 if step in ZOO else 1  # the baselines' figures first
         input:
             notebook=str(ROOT / "nbs" / f"{step}.ipynb"),
             modules=modules_of(ROOT / "nbs" / f"{step}.ipynb", ROOT),

@@ -499,10 +499,10 @@ def test_make_figures_downloads_a_screen_by_name_and_goes_on(tmp_path, server):
     data.write_h5ad(tmp_path / "s.h5ad")
     server.files["combosciplex.h5ad"] = (tmp_path / "s.h5ad").read_bytes()
     out = tmp_path / "out"
-    done = launch(out, "figures", "--profile", "small", "--dataset", "combosciplex", PERTURB_MIRROR=server.url)
+    done = launch(out, "figures", "--profile", "small", "--models", "baselines", "--dataset", "combosciplex", PERTURB_MIRROR=server.url)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tail -f" in done.stdout and {"effect_map.csv", "leaderboard.csv"} <= {p.name for p in (out / "figures/combosciplex").iterdir()}
     got = json.loads((out / "data/raw/combosciplex/source.json").read_text())
     assert got["path"] == str(out / "data/raw/cache/combosciplex/combosciplex.h5ad") and got["columns"] == {"kind": "drug"} and len(server.log) == 1
-    again = launch(out, "figures", "--profile", "small", "--dataset", "combosciplex", PERTURB_MIRROR=server.url)
+    again = launch(out, "figures", "--profile", "small", "--models", "baselines", "--dataset", "combosciplex", PERTURB_MIRROR=server.url)
     assert again.returncode == 0 and "02_data.download" not in again.stdout and len(server.log) == 1

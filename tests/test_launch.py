@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import ROOT, cells, launch
 
-from perturb_research.launch import STEPS, Refused, _number, claim, differences, forget_incomplete, modules_of, public, resolve, steps
+from perturb_research.launch import STEPS, ZOO, Refused, _number, chosen, claim, differences, forget_incomplete, modules_of, public, resolve, steps
 
 
 def done_times(out, dataset):
@@ -58,15 +58,18 @@ def test_a_lost_output_is_made_again_with_the_same_bytes(small):
 
 
 def test_a_killed_run_is_simply_run_again(tmp_path, small):
+    "With one of the models that are trained; the figures that compare models are left out, since fewer models are in them."
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"PERTURB_OUT": str(tmp_path)}
-    command = [sys.executable, "-m", "perturb_research.launch", "figures", "--profile", "small", "--dataset", "sim"]
+    arguments = ["figures", "--profile", "small", "--dataset", "sim", "--models", "gears"]
     for delay in (7, 16):
-        run = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        run = subprocess.Popen([sys.executable, "-m", "perturb_research.launch", *arguments], cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(delay)
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
-    assert launch(tmp_path, "figures", "--profile", "small", "--dataset", "sim").returncode == 0
-    assert {n: b for n, b in figure_bytes(tmp_path, "sim").items()} == figure_bytes(small, "sim")
+    assert launch(tmp_path, *arguments).returncode == 0
+    alone = {f.name for step in steps("sim", chosen("gears")) if step < "14" for f in (small / "data/results/sim/figures" / step).iterdir()}
+    made, wanted = figure_bytes(tmp_path, "sim"), figure_bytes(small, "sim")
+    assert "gears_error.csv" in alone and {n: made.get(n) for n in alone} == {n: wanted[n] for n in alone}
 
 
 def test_a_second_call_is_refused_while_one_runs(tmp_path):
@@ -94,6 +97,7 @@ def test_a_module_reruns_only_what_imports_it():
     (["--set", "min_cells=3"], "not of the form"),
     (["--set", "retrievel.top_k=3"], "no notebook"),
     (["--profile", "tiny"], "expected small, default or full"),
+    (["--models", "gaers"], "did you mean gears?"),
 ])
 def test_a_bad_request_is_one_line_before_any_work(tmp_path, arguments, expected):
     done = launch(tmp_path / "out", "figures", *arguments)
@@ -140,6 +144,12 @@ def test_a_screen_is_simulated_or_downloaded_or_neither():
     first = {d: [s for s in steps(d) if s < "03"] for d in ("sim", "norman", "my_screen")}
     assert first == {"sim": ["01_data.simulate"], "norman": ["02_data.download"], "my_screen": []}
     assert {"norman", "papalexi", "tahoe_plate14"} <= set(public()) and not {"hallmark", "gene2go", "chembl_rest"} & set(public())
+
+
+def test_some_models_only():
+    assert set(ZOO) <= set(steps("sim")) and not set(ZOO) & set(steps("sim", chosen("baselines")))
+    some = steps("sim", chosen("gears"))
+    assert set(ZOO) & set(some) == {"09_models.gears"} and set(some["14_evaluate.retrieval"]) == {"08_models.baselines", "09_models.gears", "13b_evaluate.foreign"}
 
 
 def test_a_download_whose_file_is_gone_runs_again(tmp_path):

@@ -72,7 +72,8 @@ def test_imports_stand_alone(notebook):
 
 
 def test_every_step_is_a_notebook_and_the_other_way_round():
-    definitions = {"00_core", "00a_style", "00b_launch", "02a_data.read", "02b_data.labels", "05a_data.split_formats", "06_evaluate.metrics", "06a_evaluate.de", "06b_evaluate.distributions", "06c_evaluate.panels"}
+    definitions = {"00_core", "00a_style", "00b_launch", "02a_data.read", "02b_data.labels", "05a_data.split_formats", "06_evaluate.metrics", "06a_evaluate.de", "06b_evaluate.distributions", "06c_evaluate.panels",
+                   "07a_evaluate.predictions", "07b_evaluate.trials", "07c_models.training"}
     assert {n.stem for n in NOTEBOOKS} == set(STEPS) | definitions
 
 

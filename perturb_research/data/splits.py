@@ -117,6 +117,29 @@ def _rows(self:Split, effects, part):
     return given
 
 # %% ../../nbs/05_data.splits.ipynb #00000014
+@patch
+def _cells(self:Split, cells, effects, part):
+    "Cells of the conditions of `part`, for training with all controls, on the chosen genes."
+    self.check(effects)
+    if lacking := [c for c in ('condition', 'is_control') if c not in cells.obs]: raise Problem(f"cells: no column {', '.join(lacking)}; expected cells.h5ad as notebook 04 writes it")
+    mine = cells.obs['condition'].isin(self.ids[part]).to_numpy()
+    if part == 'train': mine = mine | cells.obs['is_control'].to_numpy()
+    if self.kind == 'replicate': mine = mine & (cells.obs['half'] == (1 if part == 'train' else 2)).to_numpy()
+    given = cells[mine, effects.var_names[self._genes(effects)]].copy()
+    given.var, given.uns = given.var[[]], {}
+    return given
+
+@patch
+def train_cells(self:Split, cells, effects):
+    "The cells (AnnData) of the training conditions of `effects` and all controls."
+    return self._cells(cells, effects, 'train')
+
+@patch
+def val_cells(self:Split, cells, effects):
+    "The cells (AnnData) of the validation conditions of `effects`, without controls."
+    return self._cells(cells, effects, 'val')
+
+# %% ../../nbs/05_data.splits.ipynb #00000016
 FRACTIONS = {'perturbation': (.2, 0.), 'combination': (.2, .25), 'doubles': (0., .5), 'context': (.25, 0.), 'pairs': (.2, 0.),
              'scaffold': (.2, 0.), 'target': (.2, 0.), 'mechanism': (.2, 0.), 'dose': (1., 0.)}  # kind: (units, combinations) held out
 USUAL = dict(fractions=None, stratify='', folds=5, test=[], val=[], min_cells=0)  # options of a draw
@@ -146,7 +169,7 @@ def split_options(kind, **given):
         if bad: raise Problem(f"{name}={given[name]!r}: expected {expected}")
     return changed
 
-# %% ../../nbs/05_data.splits.ipynb #00000017
+# %% ../../nbs/05_data.splits.ipynb #00000019
 def _order(names, rng, worth=None):
     "`names` in random order; given `worth` (name -> number), dealt in turn from five bins of it."
     names = sorted(names)
@@ -173,7 +196,7 @@ def _cells(effects, why):
     if cells.isna().all(): raise Problem(f"{why}: this screen does not say how many cells its conditions have (column n_cells); leave the option out")
     return cells.fillna(0)
 
-# %% ../../nbs/05_data.splits.ipynb #00000020
+# %% ../../nbs/05_data.splits.ipynb #00000022
 def _draw(names, share, rng, worth=None):
     "A random `share` of `names`, at least one of them if the share is not zero."
     size = max(1, round(share * len(names))) if share and len(names) else 0
@@ -192,7 +215,7 @@ def _named(conditions):
     molecule = _molecules(conditions)
     return {c: [molecule.get(p, p) for p in mine] for c, mine in zip(conditions.index, parts_of(conditions))}
 
-# %% ../../nbs/05_data.splits.ipynb #00000021
+# %% ../../nbs/05_data.splits.ipynb #00000023
 def _hold_out(conditions, unseen, combos, rng, value=None):
     "Ids of `conditions` to hold out: everything with an unseen part, and a share of the combinations of seen ones."
     named = _named(conditions)
@@ -212,7 +235,7 @@ def _perturbation_ids(conditions, fractions, rng, value=None):
     return {'train': [c for c in left.index if c not in val], 'val': [c for c in left.index if c in val],
             'test': [c for c in conditions.index if c in test]}
 
-# %% ../../nbs/05_data.splits.ipynb #00000024
+# %% ../../nbs/05_data.splits.ipynb #00000026
 def _shared(conditions):
     "Rows whose perturbation is measured, in the same perturbation type, in more than one context."
     return conditions.groupby(['perturbation', 'perturbation_type'], observed=True)['context'].transform('nunique') > 1
@@ -231,7 +254,7 @@ def _context_ids(conditions, rng=None, share=.25, position=None):
     seen = pd.MultiIndex.from_frame(conditions[['perturbation', 'perturbation_type']].astype(str)).isin(known)
     return {'train': list(train.index)} | {part: list(conditions.index[context.isin(c) & seen]) for part, c in held.items()}
 
-# %% ../../nbs/05_data.splits.ipynb #00000026
+# %% ../../nbs/05_data.splits.ipynb #00000028
 def _pair_ids(conditions, share, rng, value=None):
     "Train, val and test ids of a split that holds out pairs of perturbation and context, or the reason why there is none."
     keys = ['\t'.join(key) for key in _keys(conditions, 'perturbation', 'perturbation_type', 'context')]
@@ -248,7 +271,7 @@ def _pair_ids(conditions, share, rng, value=None):
     part = dict.fromkeys(taken[:n_test], 'test') | dict.fromkeys(taken[n_test:], 'val')
     return {p: [c for c, key in zip(conditions.index, keys) if part.get(key, 'train') == p] for p in PARTS}
 
-# %% ../../nbs/05_data.splits.ipynb #00000028
+# %% ../../nbs/05_data.splits.ipynb #00000030
 _NOTHING = MISSING | {'none', 'unknown', 'unclear'}
 
 def _listed_in(column, signs):
@@ -272,7 +295,7 @@ def _units(kind, conditions):
     return {c: units if a_drug else frozenset(genes if kind == 'target' else ())
             for c, units, a_drug, genes in zip(conditions.index, found, _is_drug(conditions), parts_of(conditions))}
 
-# %% ../../nbs/05_data.splits.ipynb #00000031
+# %% ../../nbs/05_data.splits.ipynb #00000033
 def _touched(known, drug, share, rng, value=None):
     "Ids of all conditions of up to a `share` of the drugs, whole units at a time; `known`: id -> units, `drug`: id -> perturbation."
     members = {}
@@ -302,7 +325,7 @@ def _unit_strata(kind, train, asked):
     seen = {u for mine in _units(kind, train).values() if mine for u in mine}
     return strata(train, asked) | {c: f'{kind}_unseen' for c, mine in _units(kind, asked).items() if mine and not mine & seen}
 
-# %% ../../nbs/05_data.splits.ipynb #00000033
+# %% ../../nbs/05_data.splits.ipynb #00000035
 def _top_doses(conditions, share, rng):
     "`(asked, gone)`: ids at the highest dose of a `share` of the drugs with two doses, with a lower one beside them and without."
     drug = ['perturbation', 'perturbation_type']
@@ -322,7 +345,7 @@ def _dose_ids(conditions, share, rng):
     val, also_gone = _top_doses(left, .1, rng)
     return {'train': [c for c in left.index if c not in val | also_gone], 'val': list(val), 'test': list(test)}
 
-# %% ../../nbs/05_data.splits.ipynb #00000035
+# %% ../../nbs/05_data.splits.ipynb #00000037
 def _fold_ids(conditions, seed, folds, value=None):
     "Train, val and test ids of one fold over perturbations, or the reason why there is none."
     named = _named(conditions)
@@ -335,7 +358,7 @@ def _fold_ids(conditions, seed, folds, value=None):
     part_of = lambda mine: 'test' if test & set(mine) else 'val' if val & set(mine) else 'train'
     return {part: [c for c, mine in named.items() if part_of(mine) == part] for part in PARTS}
 
-# %% ../../nbs/05_data.splits.ipynb #00000037
+# %% ../../nbs/05_data.splits.ipynb #00000039
 def _replicate_ids(effects):
     "Train, val and test ids of a replicate split, or the reason why there is none."
     if not {'half1', 'half2'} <= set(effects.layers): return 'the screen has no half-splits of its cells'
@@ -356,7 +379,7 @@ def _listed_ids(conditions, test, val):
     if not asked['test']: raise Problem("listed split: nothing to ask for; name conditions, perturbations or contexts for test")
     return {part: sorted(ids) for part, ids in asked.items()} | {'train': [c for c in conditions.index if c not in asked['test'] | asked['val']]}
 
-# %% ../../nbs/05_data.splits.ipynb #00000039
+# %% ../../nbs/05_data.splits.ipynb #00000041
 def _ids(effects, kind, seed, fractions, options):
     "Train, val and test ids of a split, or the reason why there is none."
     conditions, rng, o = effects.obs.sort_index(), generator(seed, 'split', kind), USUAL | options
@@ -371,7 +394,7 @@ def _ids(effects, kind, seed, fractions, options):
     if kind in ('scaffold', 'target', 'mechanism'): return _unit_ids(kind, conditions, share, rng, value)
     return _perturbation_ids(conditions, fractions, rng, value)
 
-# %% ../../nbs/05_data.splits.ipynb #00000040
+# %% ../../nbs/05_data.splits.ipynb #00000042
 def make_split(effects, kind, seed=0, n_genes=N_GENES, fractions=None, *, stratify='', folds=5, test=(), val=(), min_cells=0):
     """A `Split` of `effects` (AnnData, a row a condition), or a line that says why this kind has no meaning for it.
 
@@ -395,7 +418,7 @@ def finished_split(effects, kind, seed, ids, n_genes=N_GENES, options=()):
     else: named = _unit_strata(kind, train, asked) if kind in ('scaffold', 'target', 'mechanism') else strata(train, asked)
     return Split(effects.uns['dataset_id'], kind, seed, ids, named, n_genes, dict(options))
 
-# %% ../../nbs/05_data.splits.ipynb #00000046
+# %% ../../nbs/05_data.splits.ipynb #00000048
 SCHEMA = 2  # 1: without options
 
 def _fault(content):
@@ -424,7 +447,7 @@ def checked_split(content, where):
     ids = {part: content[part] for part in PARTS}
     return Split(content['dataset_id'], content['kind'], content['seed'], ids, content['strata'], content['n_genes'], content.get('options', {}))
 
-# %% ../../nbs/05_data.splits.ipynb #00000047
+# %% ../../nbs/05_data.splits.ipynb #00000049
 def freeze(split, folder, dataset):
     "Write `split` under its hash and enter it in `index.json` as `<dataset>/<name>`; give its path."
     checked_split(split.content(), f'split {split.name}')
@@ -443,7 +466,7 @@ def load_split(path):
         raise Problem(f"{path.name}: its content has the hash {found}, its name says {path.stem}; it was edited: restore it, or delete it and run again: the same draw is made anew")
     return checked_split(content, path.name)
 
-# %% ../../nbs/05_data.splits.ipynb #00000050
+# %% ../../nbs/05_data.splits.ipynb #00000052
 def frozen(run, name, effects):
     "The path of the split frozen for this data set under `<dataset>/<name>` (see `split_name`), or None."
     committed = run.dataset in EMBEDDED and run.profile != 'small'
@@ -461,7 +484,7 @@ def split_folder(run):
     "Where this data set's splits are frozen: `data/splits` for the embedded screens, beside the results for others."
     return run.out/'data'/'splits' if run.dataset in EMBEDDED else run.results('splits')
 
-# %% ../../nbs/05_data.splits.ipynb #00000051
+# %% ../../nbs/05_data.splits.ipynb #00000053
 def load_splits(run, effects):
     "The splits of this run's data set, each checked against `effects`, in the order of notebook 05."
     listed = json.loads(run.read(run.results('splits.json')).read_text(encoding='utf-8'))

@@ -27,7 +27,7 @@ MODELS = {}
 
 def register(cls):
     "Add a model under its own `name`; two of the same name are a mistake."
-    if cls.name in MODELS: raise KeyError(f"two models are called {cls.name!r}")
+    if cls.name in MODELS and MODELS[cls.name].__qualname__ != cls.__qualname__: raise KeyError(f"two models are called {cls.name!r}")  # a cell may run twice
     MODELS[cls.name] = cls
     return cls
 
@@ -42,17 +42,21 @@ def checked(conditions):
 # %% ../../nbs/08_models.baselines.ipynb #00000007
 class Model:
     "What every model offers; a subclass says `applies`, `learn` and `effects`."
-    name, needs = '', 'effects'
+    name, needs, uses, permuted, stochastic = '', (), (), False, False  # needs, and uses where there are any: 'cells', 'graph'; permuted: is given the prior with its genes exchanged; stochastic: further seeds make sense
 
     def applies(self, train, conditions):
         "Why the model has nothing to say about `conditions` after `train` (AnnData), in one line; '' if it has."
         return ''
 
-    def fit(self, train, *, val=None, priors=None, rng=None):
-        "Learn from `train` (AnnData: conditions x genes, finite effects); `val` only tells in what way new conditions are new."
+    def fit(self, train, *, val=None, cells=None, val_cells=None, priors=None, rng=None, checkpoint=None):
+        """Learn from `train` (AnnData: conditions x genes, finite effects) and, for those that need them, its `cells` with controls, `priors` on genes and random numbers `rng`.
+
+        `val` and `val_cells` tell in what way new conditions are new and when to stop, nothing else; `checkpoint` is a file to resume from.
+        """
         self.train, self.X, self.genes = checked(train.obs), np.asarray(train.X, dtype=float), train.var_names
         if not train.n_obs: raise Problem(f"{self.name}: no training conditions; expected at least one row in split.train")
         if not np.isfinite(self.X).all(): raise Problem(f"{self.name}: training effects hold NaN or inf; expected numbers; drop those conditions")
+        self.val, self.cells, self.val_cells, self.priors, self.rng, self.checkpoint = val, cells, val_cells, priors, rng, checkpoint
         self.hyperparameters, self.average = {}, votes(train.obs) @ self.X
         self.learn(val)
         return self
