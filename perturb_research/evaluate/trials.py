@@ -164,7 +164,7 @@ def summary(scores, metric, reference=None, seed=0, bounds=None):
 
     `bounds`: scores of `noise_free`, the estimated predictor without noise (long), shown where all conditions have it.
     """
-    rows, order = [], [m for m in dict.fromkeys(scores['model']) if m != 'ceiling']
+    rows, order = [], sorted(dict.fromkeys(scores['model'][scores['model'] != 'ceiling']), key=lambda m: ORDER.index(m) if m in ORDER else len(ORDER))
     for stratum in [s for s in STRATA if s in set(scores['stratum'])]:
         values, rng = by_condition(scores[scores['stratum'] == stratum], metric), generator(seed, metric, stratum)
         if reference and reference not in values: continue
