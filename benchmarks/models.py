@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from perturb_research.evaluate.trials import ORDER, STRATA, verdicts
+from perturb_research.evaluate.trials import STRATA, in_order, verdicts
 from perturb_research.launch import slug
 
 BASELINES = ("mean", "additive", "kernel")
@@ -24,8 +24,7 @@ BASELINES = ("mean", "additive", "kernel")
 def forward(results, splits):
     "Ratios of the mean L2 to each baseline's as text: a row a stratum and model."
     scores = pd.concat([pd.read_parquet(f) for s in splits for f in sorted((results / s["name"]).glob("*.metrics.parquet"))], ignore_index=True)
-    models = [m for m in dict.fromkeys(scores["model"]) if m != "ceiling"]
-    table = verdicts(scores, sorted(models, key=lambda m: ORDER.index(m) if m in ORDER else len(ORDER)), BASELINES)
+    table = verdicts(scores, in_order(scores["model"]), BASELINES)
     table["text"] = [f"{r.ratio:.3f} [{r.low:.3f}, {r.high:.3f}]{'*' if r.verdict == 'better' else ''}" for r in table.itertuples()]
     wide = table.assign(stratum=table["stratum"].map(STRATA)).pivot_table(index=["stratum", "model"], columns="baseline", values="text", aggfunc="first", sort=False)
     return wide.join(table.assign(stratum=table["stratum"].map(STRATA)).groupby(["stratum", "model"])["n"].max()).reindex(columns=[*BASELINES, "n"]).fillna("")

@@ -80,14 +80,17 @@ def code_cells(notebook):
     cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
     return [(''.join(c['source']), c['metadata'].get('tags', [])) for c in cells if c['cell_type'] == 'code']
 
+@functools.cache
 def _imported(source, package):
-    "Dotted names of this library's modules that `source` imports; `package` resolves relative imports."
+    "Dotted names of what `source` imports; `package` resolves relative imports. Most notebooks import the same modules: each is parsed once."
+    found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
             base = package.split('.')[:len(package.split('.')) + 1 - node.level] if node.level else []
             name = '.'.join([*base, *filter(None, [node.module])])
-            yield from (name, *(f'{name}.{a.name}' for a in node.names))
-        elif isinstance(node, ast.Import): yield from (a.name for a in node.names)
+            found += [name, *(f'{name}.{a.name}' for a in node.names)]
+        elif isinstance(node, ast.Import): found += [a.name for a in node.names]
+    return tuple(found)
 
 def modules_of(notebook, root):
     "Files of the library that `notebook` imports, directly or through another module, sorted."

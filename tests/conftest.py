@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"): os.environ.setdefault(_threads, "1")  # read when NumPy and torch are loaded; the workers share the cores
+
 import anndata as ad
 import numpy as np
 import pandas as pd

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from perturb_research.core import Problem, generator
-from perturb_research.data.splits import make_split
 from perturb_research.models.baselines import additive_weights
 from perturb_research.models.cpa import CPA, CPANoAdversary, Dose, Reversed, class_means, erasure, reversal
-from test_scgen import genes, pairs, screen
+from test_scgen import genes, pairs, screen, with_other_test_rows
 
 SMALL = dict(latent=12, hidden=8, most=20, batch=64, controls=30, epochs=4)
 
@@ -127,16 +126,8 @@ def test_unseen_gene_gets_the_mean_vector():
 
 
 def test_test_rows_and_cells_change_nothing():
-    train, cells, *_ = pairs()
-    train.uns = dict(dataset_id="toy", effect_scale="mean_log1p")
-    cells.obs["half"] = 1
-    split = make_split(train, "doubles", 0)
-    other, others = train.copy(), cells.copy()
-    other.X[[train.obs_names.get_loc(c) for c in split.ids["test"]]] += 5
-    others.X[np.flatnonzero(cells.obs["condition"].isin(split.ids["test"]))] *= 3
-    asked = split.test(train).obs
-    assert len(asked)
-    fits = [fit(split.train(e), split.train_cells(c, e), val=split.val(e)) for e, c in ((train, cells), (other, others))]
+    split, asked, screens = with_other_test_rows()
+    fits = [fit(split.train(e), split.train_cells(c, e), val=split.val(e)) for e, c in screens]
     assert (fits[0].predict(asked) == fits[1].predict(asked)).all()
 
 

@@ -11,7 +11,7 @@ from conftest import needs_shared
 from perturb_research.core import generator
 from perturb_research.data.priors import Priors
 from perturb_research.models.baselines import MODELS, candidates, mean_length
-from perturb_research.models.gaussian import (FAMILY, Average, Joint, MultiKernel, Pairs, Prior, PriorPermuted, Process, SlopesFirst, co_response,
+from perturb_research.models.gaussian import (FAMILY, Average, Joint, MultiKernel, Pairs, Prior, PriorPermuted, SlopesFirst, co_response,
                                               descend, each_alone, family, held_out, informative, level_weights, together)
 
 PAIRS = SlopesFirst, Joint, MultiKernel, Average

@@ -12,8 +12,7 @@ from perturb_research.core import Problem, generator
 from perturb_research.data.labels import is_combo
 from perturb_research.data.priors import Priors
 from perturb_research.models.baselines import additive_weights
-from perturb_research.models.gears import (INTERACTIONS, Gears, GearsPermuted, autofocus, centred_distances, coexpression, difference_moments, direction,
-                                           distance_correlation, gi_scores, known_targets, precision_at, relatives, robust_fit, strongest)
+from perturb_research.models.gears import Gears, GearsPermuted, autofocus, coexpression, difference_moments, direction, known_targets, relatives, strongest
 
 torch = pytest.importorskip("torch")
 QUICK = dict(epochs=4, batch=8, hidden=8, components=6)
@@ -240,40 +239,6 @@ def test_several_contexts_carry_a_gene_from_one_to_another():
     model = fitted(both)
     assert np.allclose(model.start(conditions(["P05"], context="y")), one.X[5], atol=1e-5)
     assert np.isfinite(model.predict(conditions(["P05"], context="new"))).all()
-
-
-# ---------------------------------------------------------------- genetic interactions
-
-def test_distance_correlation_by_its_definition():
-    x, y = generator(6, "x").normal(size=(2, 40))
-    a, b = (np.abs(v[:, None] - v) for v in (x, y))
-    a, b = (d - d.mean(0) - d.mean(1)[:, None] + d.mean() for d in (a, b))
-    by_hand = np.sqrt((a * b).mean() / np.sqrt((a * a).mean() * (b * b).mean()))
-    assert np.isclose(distance_correlation(centred_distances(x), centred_distances(y)), by_hand)
-    assert np.isclose(distance_correlation(centred_distances(x), centred_distances(1 - 3 * x)), 1)
-    assert distance_correlation(centred_distances(x), centred_distances(np.zeros(40))) == 0
-
-
-def test_interaction_scores_tell_planted_kinds_apart():
-    A, B, new = generator(7, "kinds").normal(size=(3, 400))
-    found = {name: gi_scores(A, B, AB) for name, AB in dict(synergy=2 * (A + B), suppression=.2 * (A + B), neomorphism=new, epistasis=A, redundancy=.5 * (A + B), additive=A + B).items()}
-    of = lambda score: {k: v[score] for k, v in found.items()}
-    assert max(of("magnitude"), key=of("magnitude").get) == "synergy" and of("magnitude")["suppression"] < .3
-    assert min(of("fit"), key=of("fit").get) == "neomorphism" == min(of("similarity"), key=of("similarity").get)
-    assert of("equality")["epistasis"] < .2 < of("equality")["additive"]
-    assert set(dict(INTERACTIONS.values())) <= set(found["additive"])
-
-
-def test_robust_fit_ignores_a_few_wild_genes():
-    A, B = generator(8, "wild").normal(size=(2, 300))
-    AB = .6 * A - .3 * B
-    AB[:8] = 40
-    assert np.allclose(robust_fit(A, B, AB), [.6, -.3], atol=.02)
-
-
-def test_precision_of_a_constant_is_chance():
-    assert np.isclose(precision_at([5] * 10, range(10), 3), .3)
-    assert precision_at(range(10), range(10), 3) == precision_at(range(10), range(10), 3, -1) == 1
 
 
 # ---------------------------------------------------------------- real cells

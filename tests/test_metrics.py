@@ -9,8 +9,9 @@ from scipy import stats
 from scipy.spatial.distance import cdist
 from sklearn import metrics as sk
 
-from perturb_research.core import Problem
-from perturb_research.evaluate.metrics import METRICS, Choices, Metric, beats_mean, centroid_accuracy, constant, described, discrimination, distances, perturbation_mean, placed, relative_l2, score, spearman
+from perturb_research.core import Problem, generator
+from perturb_research.evaluate.metrics import (INTERACTIONS, METRICS, Choices, Metric, beats_mean, centred_distances, centroid_accuracy, constant, described, discrimination,
+                                               distance_correlation, distances, gi_scores, perturbation_mean, placed, relative_l2, robust_fit, score, spearman, top_precision)
 
 warnings.simplefilter('error')
 rng = np.random.default_rng(7)
@@ -263,3 +264,35 @@ def test_every_name_stands_for_ten_choices():
     assert all(m.degenerate == m.choices.degenerate and m.needs == 'effects' and m.per == 'condition' for m in METRICS.values())
     assert (table.loc[table.index.str.endswith('_centred'), 'centring'] == 'training perturbation mean').all()
     with pytest.raises(AttributeError): Metric('a', None, '', True, 1., '', '').name = 'b'
+
+
+def test_distance_correlation_by_its_definition():
+    x, y = generator(6, 'x').normal(size=(2, 40))
+    a, b = (np.abs(v[:, None] - v) for v in (x, y))
+    a, b = (d - d.mean(0) - d.mean(1)[:, None] + d.mean() for d in (a, b))
+    by_hand = np.sqrt((a * b).mean() / np.sqrt((a * a).mean() * (b * b).mean()))
+    assert np.isclose(distance_correlation(centred_distances(x), centred_distances(y)), by_hand)
+    assert np.isclose(distance_correlation(centred_distances(x), centred_distances(1 - 3 * x)), 1)
+    assert distance_correlation(centred_distances(x), centred_distances(np.zeros(40))) == 0
+
+
+def test_interaction_scores_tell_planted_kinds_apart():
+    A, B, new = generator(7, 'kinds').normal(size=(3, 400))
+    found = {name: gi_scores(A, B, AB) for name, AB in dict(synergy=2 * (A + B), suppression=.2 * (A + B), neomorphism=new, epistasis=A, redundancy=.5 * (A + B), additive=A + B).items()}
+    of = lambda score: {k: v[score] for k, v in found.items()}
+    assert max(of('magnitude'), key=of('magnitude').get) == 'synergy' and of('magnitude')['suppression'] < .3
+    assert min(of('fit'), key=of('fit').get) == 'neomorphism' == min(of('similarity'), key=of('similarity').get)
+    assert of('equality')['epistasis'] < .2 < of('equality')['additive']
+    assert set(dict(INTERACTIONS.values())) <= set(found['additive'])
+
+
+def test_robust_fit_ignores_a_few_wild_genes():
+    A, B = generator(8, 'wild').normal(size=(2, 300))
+    AB = .6 * A - .3 * B
+    AB[:8] = 40
+    assert np.allclose(robust_fit(A, B, AB), [.6, -.3], atol=.02)
+
+
+def test_precision_of_a_constant_is_chance():
+    assert np.isclose(top_precision([5] * 10, range(10), 3), .3)
+    assert top_precision(range(10), range(10), 3) == top_precision(range(10), range(10), 3, -1) == 1

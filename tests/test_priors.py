@@ -10,7 +10,7 @@ from conftest import SHARED, needs_shared, run_notebook
 from scipy import sparse
 
 from perturb_research.core import Problem, generator
-from perturb_research.data.priors import (directed, gather, gene_effects, hit_by, kind_of, mantel, matched, perturbed_genes, read_edges, read_features,
+from perturb_research.data.priors import (directed, gather, gene_effects, hit_by, kind_of, mantel, matched, perturbed_genes, read_edges,
                                           read_graph, read_priors, read_sets, source_files, targets_move, write_graph, write_priors)
 
 GENES = [f"G{i}" for i in range(12)]

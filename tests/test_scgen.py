@@ -49,6 +49,20 @@ def pairs(scale=.7):
     return train, cells, asked, np.array([effect(p) for p in other])
 
 
+def with_other_test_rows():
+    "A split of `pairs`, what its test asks for, and the screen `(effects, cells)` twice: as it is, and with other effects and cells in the test rows."
+    train, cells, *_ = pairs()
+    train.uns = dict(dataset_id="toy", effect_scale="mean_log1p")
+    cells.obs["half"] = 1
+    split = make_split(train, "doubles", 0)
+    other, others = train.copy(), cells.copy()
+    held = [train.obs_names.get_loc(c) for c in split.ids["test"]]
+    assert held
+    other.X[held] += 5
+    others.X[np.flatnonzero(cells.obs["condition"].isin(split.ids["test"]))] *= 3
+    return split, split.test(train).obs, ((train, cells), (other, others))
+
+
 def fit(train, cells, model=ScGen, seed=0, **changes):
     return model(**SMALL | changes).fit(train, cells=cells, rng=generator(seed, "fit"))
 
@@ -115,17 +129,8 @@ def test_controls_are_matched_by_batch():
 
 
 def test_test_rows_and_cells_change_nothing():
-    train, cells, *_ = pairs()
-    train.uns = dict(dataset_id="toy", effect_scale="mean_log1p")
-    cells.obs["half"] = 1
-    split = make_split(train, "doubles", 0)
-    other, others = train.copy(), cells.copy()
-    held = [train.obs_names.get_loc(c) for c in split.ids["test"]]
-    assert held
-    other.X[held] += 5
-    others.X[np.flatnonzero(cells.obs["condition"].isin(split.ids["test"]))] *= 3
-    asked = split.test(train).obs
-    fits = [ScGen(**SMALL).fit(split.train(e), val=split.val(e), cells=split.train_cells(c, e), val_cells=split.val_cells(c, e), rng=generator(0, "fit")) for e, c in ((train, cells), (other, others))]
+    split, asked, screens = with_other_test_rows()
+    fits = [ScGen(**SMALL).fit(split.train(e), val=split.val(e), cells=split.train_cells(c, e), val_cells=split.val_cells(c, e), rng=generator(0, "fit")) for e, c in screens]
     assert (fits[0].predict(asked) == fits[1].predict(asked)).all()
 
 

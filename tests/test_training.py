@@ -343,7 +343,6 @@ class Toy(NeuralModel):
         order = rng.permutation(len(self.x))
         return [(self.x[rows], self.y[rows]) for rows in np.split(order, range(self.o.batch, len(order), self.o.batch))]
 
-    def score(self): return None if self.val is None else np.linalg.norm(self.effects(self.val.obs) - self.val.X, axis=1).mean()
     def effects(self, conditions): return self.array(self.network.f(self.code(conditions)))
 
 

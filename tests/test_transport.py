@@ -12,7 +12,6 @@ from numpy.testing import assert_allclose
 from scipy import sparse
 
 from perturb_research.core import Problem, generator
-from perturb_research.models import transport
 from perturb_research.models.transport import FlowMatching, FlowMatchingPermuted, Guess, Velocity, members, nothing_to_guess, paired, relative, space, sums
 
 FAST = dict(epochs=25, hidden=32, components=12, dropout=0., lr=3e-3)

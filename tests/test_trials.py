@@ -127,6 +127,9 @@ def test_what_does_not_apply_is_one_line_and_leaves_notes_for_figures(run):
     assert len(save_error(trial, "toy")) == 0
     save_training(trial, "toy"), save_predicted(trial, effects, "toy")
     assert {f.name for f in run.figures.glob("*")} == {f"toy_{what}.note.txt" for what in ("error", "training", "predicted")}
+    partly = hold_trial(run, effects, [split], [Careful, Mean])
+    save_predicted(partly, effects, "partly", ["careful"])  # what is there stands in for what did not apply
+    assert set(pd.read_csv(run.figures / "partly_predicted.csv")["model"]) == {"mean"}
     skipped = hold_trial(run, effects, [split], [NoChange], skip="replicate combination")
     assert not skipped.shown and "parameter 'skip'" in skipped.why
 

@@ -421,6 +421,9 @@ def read_effects(screen, table, report):
     layers = {name: dense(screen.layers[name])[:, keep] for name in ('mean', 'half1', 'half2') if name in screen.layers}
     effects = ad.AnnData(X[:, keep], obs, pd.DataFrame(index=screen.var_names[keep].astype(str)), layers=layers)[rows].copy()
     effects.uns |= dict(effect_scale=effect_scale(screen.uns), halves_share_controls=bool(screen.uns.get('halves_share_controls', True)))
+    if 'mean' in layers and effects.uns['effect_scale'] == 'mean_log1p':  # what was taken off is the mean of the controls
+        control = pd.DataFrame(effects.layers['mean'].astype(float) - effects.X).groupby(effects.obs['context'].astype(str).to_numpy()).mean()
+        effects.uns |= dict(control_contexts=control.index.to_numpy(str), control_mean=control.to_numpy(np.float32))
     report['values'] = 'effects'
     return effects
 

@@ -9,7 +9,6 @@ __all__ = ['BROKEN', 'ENDS', 'SIGNS', 'INHIBITS', 'SHELVES', 'USUAL', 'read_sets
            'targets_move']
 
 # %% ../../nbs/05c_data.priors.ipynb #00000003
-import json
 import re
 import shlex
 import zipfile
@@ -25,7 +24,7 @@ from scipy import sparse
 
 from ..core import Problem
 from .chembl import locate
-from .download import Patience, cache_folder, fetch, manifest
+from .download import Patience, fetch, manifest
 from .labels import parts_of, plain
 from ..launch import EMBEDDED, public
 

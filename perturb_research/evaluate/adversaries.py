@@ -10,7 +10,7 @@ __all__ = ['ADVERSARIES', 'NULL', 'CEILING', 'MEASURES', 'PANEL', 'Known', 'know
 
 # %% ../../nbs/06e_evaluate.adversaries.ipynb #00000004
 import re
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd

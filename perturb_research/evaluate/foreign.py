@@ -6,8 +6,6 @@
 __all__ = ['split_of']
 
 # %% ../../nbs/13b_evaluate.foreign.ipynb #00000003
-import pandas as pd
-
 from ..core import Problem
 from .predictions import match_conditions
 

@@ -14,7 +14,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from ..core import Problem
-from ..data.labels import CONDITION, condition_ids, control_labels, describe, find_columns, parts_of
+from ..data.labels import CONDITION, control_labels, describe, find_columns, parts_of
 from ..data.preprocess import check_controls, is_condition_level, log_normalise, measure, read_effects, value_kind
 from . import cell_panels  # enters the metrics that need cells
 from .calibration import ceiling, with_halves

@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'ORDER', 'BESIDE', 'STRATA', 'asked_of', 'questions', 'lacking', 'Trial', 'fit_model', 'answer', 'ensemble',
-           'hold_trial', 'beside', 'by_condition', 'summary', 'verdicts', 'words', 'draw_strata', 'draw_training',
-           'condition_title', 'label_genes', 'draw_predicted', 'leave_notes', 'save_error', 'save_training',
-           'save_predicted', 'score_table']
+           'in_order', 'hold_trial', 'beside', 'by_condition', 'summary', 'verdicts', 'words', 'draw_strata',
+           'draw_training', 'condition_title', 'label_genes', 'draw_predicted', 'leave_notes', 'save_error',
+           'save_training', 'save_predicted', 'score_table']
 
 # %% ../../nbs/07b_evaluate.trials.ipynb #00000003
 import json
 import os
 from dataclasses import dataclass, field
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 
@@ -101,6 +100,10 @@ ORDER = (  # in which figures show models; a stranger may take none of these nam
     'latent_additive', 'latent_additive_prior', 'latent_additive_permuted')
 BESIDE = 'no_change', 'mean', 'additive', 'kernel'  # the baselines that every model is shown beside
 
+def in_order(models):
+    "`models` by `ORDER`, all others after them by name; without the replicate, 'ceiling'."
+    return sorted({str(m) for m in models} - {'ceiling'}, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m))
+
 def hold_trial(run, effects, splits, models, *, candidates=None, cells=None, priors=None, seeds=1, skip='', changes=None, keep=True):
     """Fit the `models` (classes) on every split, write and score their answers; a `Trial`.
 
@@ -164,7 +167,7 @@ def summary(scores, metric, reference=None, seed=0, bounds=None):
 
     `bounds`: scores of `noise_free`, the estimated predictor without noise (long), shown where all conditions have it.
     """
-    rows, order = [], sorted(dict.fromkeys(scores['model'][scores['model'] != 'ceiling']), key=lambda m: ORDER.index(m) if m in ORDER else len(ORDER))
+    rows, order = [], in_order(scores['model'])
     for stratum in [s for s in STRATA if s in set(scores['stratum'])]:
         values, rng = by_condition(scores[scores['stratum'] == stratum], metric), generator(seed, metric, stratum)
         if reference and reference not in values: continue
@@ -253,10 +256,10 @@ def label_genes(ax, part, most=5):
 
 # %% ../../nbs/07b_evaluate.trials.ipynb #00000027
 def draw_predicted(trial, effects, wanted, split=None):
-    "`(figure, genes)`: predicted against observed for the two test conditions of largest effect under two of the models `wanted`; every gene a dot."
+    "`(figure, genes)`: predicted against observed for the two test conditions of largest effect under two models, those `wanted` first; every gene a dot."
     name = split or next((n for n in trial.shown if n.startswith('doubles')), next(iter(trial.shown)))
     predicted, test = trial.shown[name]
-    pair, positions = [m for m in wanted if m in predicted][:2], np.argsort(-np.linalg.norm(test.X, axis=1), kind='stable')[:2]
+    pair, positions = list(dict.fromkeys(m for m in (*wanted, *trial.names) if m in predicted))[:2], np.argsort(-np.linalg.norm(test.X, axis=1), kind='stable')[:2]
     genes = pd.concat([pd.DataFrame(dict(split=name, condition=test.obs_names[i], model=m, gene=test.var_names, predicted=predicted[m][i], observed=test.X[i]))
                        for i in positions for m in pair], ignore_index=True)
     fig, axes = panels(1, len(positions) * len(pair), width=2, height=1.9, squeeze=False)

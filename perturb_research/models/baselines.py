@@ -16,6 +16,7 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from scipy import linalg, sparse
 
 from ..core import Problem
@@ -418,27 +419,31 @@ class Nearest(Additive):
         k, beta = min(errors, key=errors.get)
         self.hyperparameters = dict(neighbours=k, residuals=beta)
 
-    def neighbours(self, conditions, profile, groups=None, block=1000):
-        "Positions and similarities (conditions, at most 50), most similar first; rows of one group do not see each other."
-        found = []
-        for i in range(0, len(conditions), block):
-            b = slice(i, i + block)
-            alike = cosine(profile[b], self.A) if self.on_combos else similarity(conditions[b], self.train, self.contexts)
-            if groups is not None: alike[groups[b, None] == groups] = -1
-            found.append(most_similar(alike, min(self.tries[-1], len(self.A))))
-        return tuple(np.vstack(part) for part in zip(*found))
+# %% ../../nbs/08_models.baselines.ipynb #00000054
+@patch
+def neighbours(self:Nearest, conditions, profile, groups=None, block=1000):
+    "Positions and similarities (conditions, at most 50), most similar first; rows of one group do not see each other."
+    found = []
+    for i in range(0, len(conditions), block):
+        b = slice(i, i + block)
+        alike = cosine(profile[b], self.A) if self.on_combos else similarity(conditions[b], self.train, self.contexts)
+        if groups is not None: alike[groups[b, None] == groups] = -1
+        found.append(most_similar(alike, min(self.tries[-1], len(self.A))))
+    return tuple(np.vstack(part) for part in zip(*found))
 
-    def guesses(self, nearest, profile, beta):
-        "Predictions `(k, effects)` from 1, 2, 3 ... neighbours."
-        for k, rest in averaged(*nearest, self.Y - beta * self.A, (1 - beta) * self.average): yield k, beta * profile + rest
+@patch
+def guesses(self:Nearest, nearest, profile, beta):
+    "Predictions `(k, effects)` from 1, 2, 3 ... neighbours."
+    for k, rest in averaged(*nearest, self.Y - beta * self.A, (1 - beta) * self.average): yield k, beta * profile + rest
 
-    def effects(self, conditions):
-        profile = self.profile(conditions) if self.on_combos else np.zeros((len(conditions), len(self.genes)))
-        k, beta = self.hyperparameters.values()
-        guess = next(guess for n, guess in self.guesses(self.neighbours(conditions, profile), profile, beta) if n == k)
-        return np.where((is_combo(conditions) == self.on_combos)[:, None], guess, profile)
+@patch
+def effects(self:Nearest, conditions):
+    profile = self.profile(conditions) if self.on_combos else np.zeros((len(conditions), len(self.genes)))
+    k, beta = self.hyperparameters.values()
+    guess = next(guess for n, guess in self.guesses(self.neighbours(conditions, profile), profile, beta) if n == k)
+    return np.where((is_combo(conditions) == self.on_combos)[:, None], guess, profile)
 
-# %% ../../nbs/08_models.baselines.ipynb #00000055
+# %% ../../nbs/08_models.baselines.ipynb #00000057
 def squared_distances(A, B): return np.maximum((A**2).sum(1)[:, None] + (B**2).sum(1) - 2 * A @ B.T, 0)
 
 def shrunk_slopes(A, Y):
@@ -463,7 +468,7 @@ def interaction_kernel(A, Y):
             if (error := mean_length(of_Y - scale * of_A)) < best[0]: best = error, length, float(penalty), float(scale), V, w
     return best[1:], unit
 
-# %% ../../nbs/08_models.baselines.ipynb #00000056
+# %% ../../nbs/08_models.baselines.ipynb #00000058
 class InteractionKernel(Additive):
     "Kernel regression of what combinations do beyond their additive profiles."
     def learn(self, val):
@@ -490,7 +495,7 @@ class InteractionKernel(Additive):
         double = self.slopes * profile + np.exp(-squared_distances(profile, self.A) / self.width) @ self.alpha
         return np.where(is_combo(conditions)[:, None], double, profile)
 
-# %% ../../nbs/08_models.baselines.ipynb #00000058
+# %% ../../nbs/08_models.baselines.ipynb #00000060
 class SimilarityKernel(Model):
     "Kernel regression of the effect, less the training mean, on structure, context and dose."
     landmarks = 1000
@@ -510,7 +515,7 @@ class SimilarityKernel(Model):
 
     def effects(self, conditions): return self.average + self.similar(conditions) @ self.alpha
 
-# %% ../../nbs/08_models.baselines.ipynb #00000059
+# %% ../../nbs/08_models.baselines.ipynb #00000061
 @register
 class Kernel(InteractionKernel, SimilarityKernel):
     "Kernel ridge regression: of the interaction where perturbations are combined, else of the effect on similar conditions."
@@ -524,7 +529,7 @@ class Kernel(InteractionKernel, SimilarityKernel):
     def effects(self, conditions): return self.way.effects(self, conditions)
     def var(self, conditions): return self.way.var(self, conditions)
 
-# %% ../../nbs/08_models.baselines.ipynb #00000062
+# %% ../../nbs/08_models.baselines.ipynb #00000064
 def candidates(train):
     "Conditions (DataFrame indexed by condition id): all singles and pairs of the genes in the rows `train` of a context, where it has combinations; else those rows."
     train, rows = train.assign(combo=is_combo(train)), []

@@ -11,7 +11,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import Problem, generator
+from ..core import generator
 from ..data.labels import is_combo, parts_of
 from .baselines import mean_length, part_columns, register
 from .scgen import CellModel, bend, by_origin, components, dense, displaced
@@ -66,6 +66,7 @@ class Dose(nn.Module):
 # %% ../../nbs/11a_models.cpa.ipynb #00000015
 class Composer(nn.Module):
     "Autoencoder with an additive latent space of k dimensions; see `forward` for the loss, per gene. Shapes: V (g, k), keep (k, k), v (parts, k), w (contexts, k)."
+
     def __init__(self, mean, V, sd, keep, v, w, alone, gain, unit, classes, hidden, adversary):
         super().__init__()
         tensor = lambda a: torch.as_tensor(a, dtype=torch.get_default_dtype())
@@ -84,29 +85,33 @@ class Composer(nn.Module):
         h = (x - self.centre) @ self.inward
         return h + self.f(h)
 
-    def perturbed(self, parts, dose):
-        "Displacements (rows, k) by `parts` (rows, parts), 0/1, at `dose` (rows,); a pair does not teach the vectors of genes measured alone."
-        amount = parts if self.dose is None else parts * self.dose(dose)
-        pair = (parts.sum(1, keepdim=True) > 1).to(parts.dtype)
-        taught = 1 - pair * self.alone
-        shift = (amount * taught) @ self.v + (amount * (1 - taught)) @ self.v.detach()
-        return shift if self.gain is None else shift * (1 + pair * (self.gain - 1))
-
     def before_genes(self, z): return z + self.g(z)
     def to_genes(self, u): return u @ self.outward * self.unit
 
-    def forward(self, x, parts, dose, context, label):
-        basal = self.basal(x)
-        z = basal + self.perturbed(parts, dose)
-        if self.w is not None: z = z + self.w[context]
-        error = x - self.mean - self.to_genes(self.before_genes(z))
-        losses = {'likelihood': (error**2 * torch.exp(-self.log_var) + self.log_var).mean() / 2}
-        if self.judge is None: return losses | {'loss': losses['likelihood']}
-        losses['adversary'] = wrong = nn.functional.cross_entropy(self.judge(Reversed.apply(basal, self.pull)), label)
-        pull = self.adversary * (wrong - wrong.detach())  # gradients and no value: a loss that one side lowers and the other raises is no measure
-        return losses | {'loss': losses['likelihood'] + pull}
-
 # %% ../../nbs/11a_models.cpa.ipynb #00000017
+@patch
+def perturbed(self:Composer, parts, dose):
+    "Displacements (rows, k) by `parts` (rows, parts), 0/1, at `dose` (rows,); a pair does not teach the vectors of genes measured alone."
+    amount = parts if self.dose is None else parts * self.dose(dose)
+    pair = (parts.sum(1, keepdim=True) > 1).to(parts.dtype)
+    taught = 1 - pair * self.alone
+    shift = (amount * taught) @ self.v + (amount * (1 - taught)) @ self.v.detach()
+    return shift if self.gain is None else shift * (1 + pair * (self.gain - 1))
+
+# %% ../../nbs/11a_models.cpa.ipynb #00000019
+@patch
+def forward(self:Composer, x, parts, dose, context, label):
+    basal = self.basal(x)
+    z = basal + self.perturbed(parts, dose)
+    if self.w is not None: z = z + self.w[context]
+    error = x - self.mean - self.to_genes(self.before_genes(z))
+    losses = {'likelihood': (error**2 * torch.exp(-self.log_var) + self.log_var).mean() / 2}
+    if self.judge is None: return losses | {'loss': losses['likelihood']}
+    losses['adversary'] = wrong = nn.functional.cross_entropy(self.judge(Reversed.apply(basal, self.pull)), label)
+    pull = self.adversary * (wrong - wrong.detach())  # gradients and no value: a loss that one side lowers and the other raises is no measure
+    return losses | {'loss': losses['likelihood'] + pull}
+
+# %% ../../nbs/11a_models.cpa.ipynb #00000021
 @register
 class CPA(CellModel):
     "Compositional perturbation autoencoder with an adversary; Lotfollahi et al., Molecular Systems Biology 2023."
@@ -131,7 +136,7 @@ class CPA(CellModel):
         v, gain = self.first_vectors(V, sd, unit)
         return Composer(mean, V, sd, keep, v, w, self.alone, gain, unit, self.label.max() + 1, self.o.hidden, self.o.adversary)
 
-# %% ../../nbs/11a_models.cpa.ipynb #00000018
+# %% ../../nbs/11a_models.cpa.ipynb #00000022
 @patch
 def label_cells(self:CPA):
     "For every cell the number of its context, and its class: its condition, or the controls of its context."
@@ -162,14 +167,14 @@ def batch(self:CPA, rows):
     parts, dose = np.where(code[:, None] >= 0, self.P[code], 0.), np.where(code >= 0, self.doses[code], np.nan)
     return tuple(map(self.tensor, (dense(self.cells, rows), parts, dose, self.context[rows], self.label[rows])))
 
-# %% ../../nbs/11a_models.cpa.ipynb #00000020
+# %% ../../nbs/11a_models.cpa.ipynb #00000024
 @patch
 def shifts(self:CPA, conditions):
     "Displacements (conditions, k) of `conditions`, whatever their context."
     known = part_columns(conditions, self.parts)
     unknown = np.array([len(mine) for mine in parts_of(conditions)]) - known.sum(1)
     mean = np.tile(self.alone / max(self.alone.sum(), 1), (len(known), 1))
-    parts, dose = self.tensor(known), self.tensor(conditions['dose'].to_numpy(float))
+    dose = self.tensor(conditions['dose'].to_numpy(float))
     net, pair = self.network, self.tensor((known.sum(1) + unknown > 1).astype(float))[:, None]
     amount = self.tensor(known + unknown[:, None] * mean) * (1. if net.dose is None else net.dose(dose))
     return (amount @ net.v) * (1. if net.gain is None else 1 + pair * (net.gain - 1))
@@ -189,6 +194,7 @@ def score(self:CPA):
     truth = np.asarray(self.val.X, dtype=float)
     return mean_length(self.effects(self.val.obs) - truth) / max(mean_length(truth), 1e-12)
 
+# %% ../../nbs/11a_models.cpa.ipynb #00000026
 @register
 class CPANoAdversary(CPA):
     "CPA whose encoder may keep all it sees: no adversary and nothing taken from the components."

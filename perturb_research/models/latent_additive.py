@@ -125,12 +125,6 @@ def batches(self:LatentAdditive, epoch, rng):
 
 # %% ../../nbs/11c_models.latent_additive.ipynb #00000015
 @patch
-def score(self:LatentAdditive):
-    "Mean L2 error of the validation effects."
-    if self.val is None or not self.val.n_obs: return None
-    return float(np.linalg.norm(self.effects(self.val.obs) - self.val.X, axis=1).mean())
-
-@patch
 def vectors(self:LatentAdditive, conditions):
     "`(h, beside)`: latent vectors of what was done (tensor: conditions, k) and what guesses for the unseen have beside them in genes."
     e, beside = sums(conditions, self.parts, self.network.parts.detach().double().cpu().numpy(), self.guess, self.V, self.scale)

@@ -72,6 +72,7 @@ def bend(size, hidden, out=None, small=.1):
     with torch.no_grad(): net[2].weight.mul_(small), net[2].bias.zero_()
     return net
 
+# %% ../../nbs/11_models.scgen.ipynb #00000016
 class VAE(nn.Module):
     "Variational autoencoder of expression (cells, g) in k dimensions; the loss is per gene."
     def __init__(self, mean, V, sd, hidden, kl):
@@ -98,7 +99,7 @@ class VAE(nn.Module):
         divergence = (mu**2 + log_var.exp() - 1 - log_var).sum(1).mean() / 2
         return {'loss': error + self.kl * divergence / x.shape[1], 'error': error, 'divergence': divergence}
 
-# %% ../../nbs/11_models.scgen.ipynb #00000017
+# %% ../../nbs/11_models.scgen.ipynb #00000019
 class CellModel(NeuralModel):
     "A network trained on single cells, whose predictions start from real control cells."
     needs = ('cells',)
@@ -127,7 +128,7 @@ class Batches:
     def __len__(self): return len(self.parts)
     def __iter__(self): return (self.model.batch(np.sort(rows)) for rows in self.parts)
 
-# %% ../../nbs/11_models.scgen.ipynb #00000018
+# %% ../../nbs/11_models.scgen.ipynb #00000020
 def displaced(before_genes, cells, shifts, block=64):
     "Mean over `cells` (n, k) of `before_genes(cell + shift)` less that of the cells as they are, for each row of `shifts`: (shifts, k)."
     rest = before_genes(cells).mean(0)
@@ -139,7 +140,7 @@ def by_origin(conditions, origins):
     context = conditions['context'].astype(str).to_numpy()
     for c in dict.fromkeys(context): yield origins.get(c, origins[None]), np.flatnonzero(context == c)
 
-# %% ../../nbs/11_models.scgen.ipynb #00000021
+# %% ../../nbs/11_models.scgen.ipynb #00000023
 @register
 class ScGen(CellModel):
     "Variational autoencoder and latent arithmetic on single cells; Lotfollahi, Wolf & Theis, Nature Methods 2019."
@@ -166,7 +167,7 @@ class ScGen(CellModel):
         "Latent means (rows, k) of cells, as an array."
         return np.vstack([self.array(self.network.encode(self.tensor(dense(cells, rows[i:i + block])))[0]) for i in range(0, len(rows), block)])
 
-# %% ../../nbs/11_models.scgen.ipynb #00000022
+# %% ../../nbs/11_models.scgen.ipynb #00000024
 @patch
 def learn_arithmetic(self:ScGen):
     "The displacement of each training condition, the encoded controls, and how far to go along a sum."

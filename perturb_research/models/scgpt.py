@@ -102,6 +102,7 @@ class Attention(nn.Module):
         read = weight[..., :-1] @ v[:, :, :known] + weight[..., -1:] * v
         return self.out_proj(read.transpose(1, 2).reshape(rows, tokens, d))
 
+# %% ../../nbs/10_models.scgpt.ipynb #00000015
 class Layer(nn.Module):
     "A layer of the transformer, normalised after each step, as published."
     def __init__(self, d, heads, d_hid, dropout, low_rank):
@@ -114,7 +115,7 @@ class Layer(nn.Module):
         x = self.norm1(x + self.dropout(self.self_attn(x, known, absent)))
         return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
-# %% ../../nbs/10_models.scgpt.ipynb #00000017
+# %% ../../nbs/10_models.scgpt.ipynb #00000019
 class ExprDecoder(nn.Module):
     "Expression of a gene from its own token."
     def __init__(self, d):
@@ -142,7 +143,7 @@ class Backbone(nn.Module):
         for layer in self.layers: x = layer(x, known, absent)
         return x
 
-# %% ../../nbs/10_models.scgpt.ipynb #00000018
+# %% ../../nbs/10_models.scgpt.ipynb #00000020
 class Network(nn.Module):
     "Genes, values and flags of cells to hidden states, expression and effects. `forward` is the loss of fine-tuning."
     def __init__(self, tokens, d_model, layers, heads, d_hid, dropout, embed='continuous', bins=0, readout='cell', additive=True, scale=1.,
@@ -166,7 +167,7 @@ class Network(nn.Module):
         if absent is not None: absent = F.pad(absent, (1, known - absent.shape[1]))
         return self.transformer_encoder(x, known + 1, absent)
 
-# %% ../../nbs/10_models.scgpt.ipynb #00000020
+# %% ../../nbs/10_models.scgpt.ipynb #00000022
 class Effects(Network):
     "The network as it answers for perturbations."
     def effect(self, parts, flags, own, where, profile, context, controls, genes, asked):
@@ -191,7 +192,7 @@ class Effects(Network):
         error = self.effect(parts, flags, own, where, profile, *shared) - truth
         return (weight * error**2).sum() / weight.sum() / self.scale**2
 
-# %% ../../nbs/10_models.scgpt.ipynb #00000023
+# %% ../../nbs/10_models.scgpt.ipynb #00000025
 class MaskedValues(nn.Module):
     "The loss of pretraining for a `network`; `average` (genes,) is the mean value of each gene over cells."
     def __init__(self, network, average, known):
@@ -209,7 +210,7 @@ class MaskedValues(nn.Module):
         losses = {what: ((guess - hidden)**2).mean() / unit for what, guess in found.items()}
         return losses | {'loss': losses['masked_gene'] + losses['masked_cell']}
 
-# %% ../../nbs/10_models.scgpt.ipynb #00000026
+# %% ../../nbs/10_models.scgpt.ipynb #00000028
 RENAMED = {'module.': '', '._impl': '', 'self_attn.Wqkv.': 'self_attn.in_proj.', 'in_proj_weight': 'in_proj.weight', 'in_proj_bias': 'in_proj.bias'}
 
 def read_official(folder):
@@ -232,7 +233,7 @@ def shape_of(args):
     bins = args.get('n_bins', 51) if category or args.get('input_style', 'binned') == 'binned' else 0
     return dict(d_model=args['embsize'], layers=args['nlayers'], heads=args['nheads'], d_hid=args['d_hid'], bins=bins, embed='category' if category else 'continuous')
 
-# %% ../../nbs/10_models.scgpt.ipynb #00000027
+# %% ../../nbs/10_models.scgpt.ipynb #00000029
 def take(network, tokens, vocab, parameters):
     "Copy what fits of `parameters` into `network`, whose token numbers are `tokens` (name -> number); a DataFrame parameter, fate."
     own, fate, name = network.state_dict(), {}, 'encoder.embedding.weight'
@@ -250,7 +251,7 @@ def take(network, tokens, vocab, parameters):
     fate |= {k: 'not in the checkpoint' for k in own if k not in fate}
     return pd.DataFrame(fate.items(), columns=['parameter', 'fate'])
 
-# %% ../../nbs/10_models.scgpt.ipynb #00000030
+# %% ../../nbs/10_models.scgpt.ipynb #00000032
 class CellModel(NeuralModel):
     "What the models below share: genes and their tokens, pools of control cells, a network from data or from a checkpoint, batches for pretraining."
     needs = ('cells',)
@@ -264,6 +265,7 @@ class CellModel(NeuralModel):
         several = both.groupby(['perturbation', 'perturbation_type', 'context'], observed=True)[['dose', 'time_h']].nunique() > 1
         return 'it knows neither dose nor time, and this screen has several of one perturbation' if several.any(axis=None) else ''
 
+# %% ../../nbs/10_models.scgpt.ipynb #00000034
 @patch
 def prepare(self:CellModel):
     "Genes by name, tokens, control cells of each context and their mean profiles, and the genes that may be context: the most variable."
@@ -290,7 +292,7 @@ def pooled(self:CellModel, cells):
     "The mean profile (genes,) of some `cells` (positions), as the network sees it."
     return self.shown(np.asarray(self.expression[cells].astype(float).mean(axis=0)))[0]
 
-# %% ../../nbs/10_models.scgpt.ipynb #00000031
+# %% ../../nbs/10_models.scgpt.ipynb #00000035
 def loadings(X, k):
     "Loadings of the columns of `X` in at most k leading components of its rows, the mean square of each 1, the largest positive."
     V = leading(np.asarray(X, dtype=float), k)
@@ -320,7 +322,7 @@ def start_vectors(self:CellModel, vectors):
         vectors[1:].normal_()
         vectors[self.number, :found.shape[1]] = torch.as_tensor(found, dtype=vectors.dtype)
 
-# %% ../../nbs/10_models.scgpt.ipynb #00000032
+# %% ../../nbs/10_models.scgpt.ipynb #00000036
 @patch
 def masking(self:CellModel, net):
     "The pretraining of `net`."
@@ -336,7 +338,7 @@ def cell_batches(self:CellModel, epoch, rng):
         cells, genes = rng.integers(self.expression.shape[0], size=self.o.rows), rng.permutation(len(self.names))[:self.o.sample]
         yield self.tensor(self.shown(self.expression[cells].toarray())[:, genes]), self.tensor(self.number[genes][None]), self.tensor(genes[None])
 
-# %% ../../nbs/10_models.scgpt.ipynb #00000034
+# %% ../../nbs/10_models.scgpt.ipynb #00000038
 @dataclass
 class Asked:
     "Conditions as the network sees them; arrays (conditions, parts), 0 or -1 where a condition has fewer parts."
@@ -353,6 +355,7 @@ class Asked:
         at = self.row[rows] if hidden is None else np.where(hidden & (self.flags[rows] > 0), self.unknown[rows, None], self.row[rows])
         return sum(self.weights[column] for column in at.T) @ Y
 
+# %% ../../nbs/10_models.scgpt.ipynb #00000040
 @patch
 def ask(self:CellModel, conditions, training=False):
     "`conditions` (DataFrame) as an `Asked`; `training`: they are the training rows, of which a single does not predict itself if there is another context."
@@ -383,7 +386,7 @@ def averages(self:CellModel, conditions, of, each, training):
             weights = sparse.diags_array(~elsewhere * 1.) @ weights + sparse.diags_array(elsewhere * 1.) @ other
     return sparse.csr_array(sparse.vstack([weights, additive_weights(none, self.train), sparse.csr_array((1, len(self.train)))]))
 
-# %% ../../nbs/10_models.scgpt.ipynb #00000035
+# %% ../../nbs/10_models.scgpt.ipynb #00000041
 @register
 class ScGPT(CellModel):
     "Transformer over genes, pretrained on masked values, fine-tuned on what training effects are beyond the additive profile; after Cui et al., Nature Methods 2024."
@@ -394,24 +397,27 @@ class ScGPT(CellModel):
     def applies(self, train, conditions):
         return super().applies(train, conditions) or ('' if single_rows(train.obs) or not self.o.additive else 'no perturbation stands alone in training')
 
-    def build(self):
-        if self.o.readout not in ('cell', 'gene', 'both'): raise Problem(f"{self.name}: readout={self.o.readout!r}; expected 'cell', 'gene' or 'both'")
-        net = self.fresh(**{k: getattr(self.o, k) for k in ('readout', 'additive', 'rank', 'alpha', 'low_rank_dropout')})
-        self.pretraining = self.pretrain(net) if self.o.pretrain else None
-        self.asked = self.ask(self.train, training=True)
-        if not self.o.additive: self.asked.flags = np.minimum(self.asked.flags, 1)
-        cells = self.train['n_cells'].to_numpy(float) if 'n_cells' in self.train else np.ones(len(self.train))
-        cells = np.where(np.isfinite(cells), cells, 1.)
-        self.weight, self.combo = cells / (cells + np.median(cells)), is_combo(self.train)
-        self.top = np.argsort(-np.round(abs(self.Y), 6), axis=1, kind='stable')[:, :self.o.top] if self.o.top else None
-        return net
-
     def learn(self, val):
         self.earlier = self.checkpoint and Path(self.checkpoint).with_name(f'{Path(self.checkpoint).stem}.pretraining.checkpoint.pt')
         super().learn(val)
         if self.earlier: self.earlier.unlink(missing_ok=True)  # fine-tuning is over: nobody comes back to it
         if self.pretraining is not None: self.history = pd.concat([self.pretraining.replace({'what': {'train': 'pretraining'}}), self.history], ignore_index=True)
 
+# %% ../../nbs/10_models.scgpt.ipynb #00000043
+@patch
+def build(self:ScGPT):
+    if self.o.readout not in ('cell', 'gene', 'both'): raise Problem(f"{self.name}: readout={self.o.readout!r}; expected 'cell', 'gene' or 'both'")
+    net = self.fresh(**{k: getattr(self.o, k) for k in ('readout', 'additive', 'rank', 'alpha', 'low_rank_dropout')})
+    self.pretraining = self.pretrain(net) if self.o.pretrain else None
+    self.asked = self.ask(self.train, training=True)
+    if not self.o.additive: self.asked.flags = np.minimum(self.asked.flags, 1)
+    cells = self.train['n_cells'].to_numpy(float) if 'n_cells' in self.train else np.ones(len(self.train))
+    cells = np.where(np.isfinite(cells), cells, 1.)
+    self.weight, self.combo = cells / (cells + np.median(cells)), is_combo(self.train)
+    self.top = np.argsort(-np.round(abs(self.Y), 6), axis=1, kind='stable')[:, :self.o.top] if self.o.top else None
+    return net
+
+# %% ../../nbs/10_models.scgpt.ipynb #00000045
 @patch
 def pretrain(self:ScGPT, net):
     "Train `net` to fill in masked values, low-rank corrections aside; the history."
@@ -427,7 +433,7 @@ def before_epoch(self:ScGPT, epoch):
     for k, p in self.network.named_parameters():
         p.requires_grad_(k.split('.')[0] in self.heads or 'lora_' in k or (epoch >= self.o.frozen and not self.o.rank))
 
-# %% ../../nbs/10_models.scgpt.ipynb #00000036
+# %% ../../nbs/10_models.scgpt.ipynb #00000046
 @patch
 def cut(self:ScGPT, asked, rows, genes, context, profiles, hidden=None):
     "`(own, shared)` tensors of `rows` of `asked` for `Effects.effect`: those with a row each, and those for all; `profiles`: context -> control profile."
@@ -456,7 +462,7 @@ def batches(self:ScGPT, epoch, rng):
         if self.top is not None: weight = weight * (genes[None, :, None] == self.top[rows][:, None]).any(-1)
         yield *own, self.tensor(weight), self.tensor(self.Y[np.ix_(rows, genes)]), *shared
 
-# %% ../../nbs/10_models.scgpt.ipynb #00000037
+# %% ../../nbs/10_models.scgpt.ipynb #00000047
 @patch
 def effects(self:ScGPT, conditions, block=256):
     "Effects from the mean control profile of each context and the most variable genes as known ones; all genes, in chunks where tokens of genes are read."
@@ -469,19 +475,13 @@ def effects(self:ScGPT, conditions, block=256):
             found[np.ix_(rows, genes)] = self.array(self.network.effect(*own, *shared))
     return found[:, np.argsort(self.sorted)]
 
-@patch
-def score(self:ScGPT):
-    "Mean L2 on the validation rows."
-    if self.val is None or not self.val.n_obs: return None
-    return float(np.linalg.norm(self.effects(self.val.obs) - self.val.X, axis=1).mean())
-
 @register
 class ScGPTPlain(ScGPT):
     "The same without the additive path, nearer to the publication: what a perturbation does is all learnt by the network."
     name, settings = 'scgpt_plain', replace(ScGPT.settings, epochs=32, lr=5e-3)
     options = ScGPT.options | dict(additive=False)
 
-# %% ../../nbs/10_models.scgpt.ipynb #00000039
+# %% ../../nbs/10_models.scgpt.ipynb #00000049
 REPRESSED = 'CRISPRi', 'knockout', 'knockdown'
 
 @register
@@ -510,7 +510,7 @@ def ridge(features, Y, groups):
     penalty, _ = best_penalty(V, w, Y, groups)
     return (features / unit).T @ dual(V, w, Y, penalty) / unit, penalty
 
-# %% ../../nbs/10_models.scgpt.ipynb #00000040
+# %% ../../nbs/10_models.scgpt.ipynb #00000050
 @patch
 def embedded(self:ScGPTRidge, profiles, parts=None, own=None):
     "`<cls>` (rows, d) of `profiles` (rows, genes by name, as the network sees them); `parts`: tokens of more known genes, 0 for none, with values `own`."

@@ -162,20 +162,22 @@ class Loop:
         vars(self).update(state)
         _hush()
 
-    def __call__(self, fabric, network):
-        "Train on the devices of `fabric`. `network` is `self.network`: handed over too, so that Fabric gives every process weights of its own."
-        self.fabric, self.saved, s = fabric, time.monotonic(), self.settings
-        with computing(s):
-            self.start()
-            total, done, shown = s.epochs * self.steps, self.state['epoch'] * self.steps, s.progress and fabric.is_global_zero
-            with tqdm(total=total, initial=done, desc=self.name, disable=not shown) as bar:
-                while not self.over():
-                    losses = self.judge(self.epoch(self.state['epoch'], bar))
-                    bar.set_postfix({k: f'{losses[k]:.4g}' for k in ('train', 'val') if k in losses})
-                    self.save()
-            self.finish()
+# %% ../../nbs/07c_models.training.ipynb #00000024
+@patch
+def __call__(self:Loop, fabric, network):
+    "Train on the devices of `fabric`. `network` is `self.network`: handed over too, so that Fabric gives every process weights of its own."
+    self.fabric, self.saved, s = fabric, time.monotonic(), self.settings
+    with computing(s):
+        self.start()
+        total, done, shown = s.epochs * self.steps, self.state['epoch'] * self.steps, s.progress and fabric.is_global_zero
+        with tqdm(total=total, initial=done, desc=self.name, disable=not shown) as bar:
+            while not self.over():
+                losses = self.judge(self.epoch(self.state['epoch'], bar))
+                bar.set_postfix({k: f'{losses[k]:.4g}' for k in ('train', 'val') if k in losses})
+                self.save()
+        self.finish()
 
-# %% ../../nbs/07c_models.training.ipynb #00000023
+# %% ../../nbs/07c_models.training.ipynb #00000026
 def freeze(network, names):
     "Make all parameters of `network` trainable but those called `names`."
     for k, p in network.named_parameters(): p.requires_grad_(k not in names)
@@ -200,6 +202,7 @@ def start(self:Loop):
     self.steps = len(first) if hasattr(first, '__len__') else sum(1 for _ in first)
     if not self.steps: raise Problem(f"{self.name}: batches() gave none; expected at least one an epoch")
 
+# %% ../../nbs/07c_models.training.ipynb #00000027
 @patch
 def prepare(self:Loop, epoch):
     if self.before_epoch: self.before_epoch(epoch)
@@ -210,7 +213,7 @@ def draw(self:Loop, epoch):
     torch_seed(self.seed, 'epoch', epoch, self.fabric.global_rank)
     return self.batches(epoch, generator(self.seed, 'epoch', epoch))
 
-# %% ../../nbs/07c_models.training.ipynb #00000024
+# %% ../../nbs/07c_models.training.ipynb #00000029
 @patch
 def epoch(self:Loop, epoch, bar):
     "One pass over the batches; the losses, averaged over steps and processes."
@@ -224,6 +227,7 @@ def epoch(self:Loop, epoch, bar):
         bar.update()
     return {k: float(self.fabric.all_reduce(torch.tensor(total / steps), reduce_op='mean')) for k, total in totals.items()}
 
+# %% ../../nbs/07c_models.training.ipynb #00000030
 @patch
 def step(self:Loop, batch):
     "Move the weights once; the losses before that."
@@ -244,7 +248,7 @@ def check(self:Loop, value, what):
     mend = f"try a smaller lr (it is {self.settings.lr:g}) or look for odd values in the data"
     raise Problem(f"{self.name}: the {what} is NaN or infinite in epoch {self.state['epoch'] + 1}; {mend}")
 
-# %% ../../nbs/07c_models.training.ipynb #00000025
+# %% ../../nbs/07c_models.training.ipynb #00000032
 @patch
 def judge(self:Loop, losses):
     "Close an epoch: score the network, keep its weights if they are the best so far; the losses and the score."
@@ -268,6 +272,7 @@ def over(self:Loop):
     best, epoch = self.state['best'], self.state['epoch']
     return epoch >= self.settings.epochs or (best is not None and epoch - best['epoch'] >= self.settings.patience)
 
+# %% ../../nbs/07c_models.training.ipynb #00000034
 @patch
 def save(self:Loop):
     "Write a checkpoint unless the last one is recent."
@@ -284,7 +289,7 @@ def finish(self:Loop):
     if self.checkpoint and self.fabric.is_global_zero: write_checkpoint(self.checkpoint, self.state, self.identity)
     self.fabric.barrier()
 
-# %% ../../nbs/07c_models.training.ipynb #00000027
+# %% ../../nbs/07c_models.training.ipynb #00000036
 def train(network, batches, *, settings=Settings(), seed=0, score=None, before_epoch=None, checkpoint=None, identity=None, name=None):
     """Train `network` in place and leave its best weights in it, in eval mode; the history: DataFrame epoch (from 1), what ('train', 'val', ...), value.
 
@@ -311,7 +316,7 @@ def train(network, batches, *, settings=Settings(), seed=0, score=None, before_e
     freeze(network.eval(), frozen).zero_grad()
     return pd.DataFrame(state['history'], columns=['epoch', 'what', 'value'])
 
-# %% ../../nbs/07c_models.training.ipynb #00000037
+# %% ../../nbs/07c_models.training.ipynb #00000046
 def source_of(*things):
     "SHA-256 of the files, or notebook cells, in which the classes of `things` are written, and of plain values in these classes. Torch's own are left out."
     texts = set()
@@ -334,7 +339,7 @@ def digest(thing):
     if not isinstance(thing, np.ndarray): return sha256(repr(thing))
     return hashlib.sha256(f'{thing.shape} {thing.dtype}'.encode() + np.ascontiguousarray(thing).tobytes()).hexdigest()
 
-# %% ../../nbs/07c_models.training.ipynb #00000040
+# %% ../../nbs/07c_models.training.ipynb #00000049
 class NeuralModel(Model):
     "A model whose `network`, a torch module, is trained by gradient; a subclass writes `build`, `batches` and `effects`."
     stochastic, settings, options, before_epoch = True, Settings(), {}, None
@@ -354,9 +359,13 @@ class NeuralModel(Model):
 
     def build(self): raise NotImplementedError(f"{self.name}: build() gives the network")
     def batches(self, epoch, rng): raise NotImplementedError(f"{self.name}: batches(epoch, rng) gives tuples of tensors")
-    def score(self): return None
 
-# %% ../../nbs/07c_models.training.ipynb #00000041
+    def score(self):
+        "Mean L2 error of the predicted effects of `val`; None where there is nothing to validate on."
+        if self.val is None or not self.val.n_obs: return None
+        return float(np.linalg.norm(self.effects(self.val.obs) - self.val.X, axis=1).mean())
+
+# %% ../../nbs/07c_models.training.ipynb #00000050
 @patch
 def learn(self:NeuralModel, val):
     "Build the network and train it, or take it from a finished `checkpoint`."
@@ -379,7 +388,7 @@ def identity(self:NeuralModel, network):
     given = dict(conditions=self.train, effects=self.X, genes=self.genes, val=self.val, cells=self.cells, val_cells=self.val_cells, priors=self.priors)
     return vars(self.o) | dict(model=self.name, source=source_of(self, *network.modules())) | {k: digest(v) for k, v in given.items()}
 
-# %% ../../nbs/07c_models.training.ipynb #00000043
+# %% ../../nbs/07c_models.training.ipynb #00000052
 @patch
 @contextmanager
 def asking(self:NeuralModel):

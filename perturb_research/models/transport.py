@@ -244,13 +244,6 @@ def draw(self:FlowMatching, i, rng):
 
 # %% ../../nbs/11b_models.transport.ipynb #00000026
 @patch
-def score(self:FlowMatching):
-    "Mean L2 error of the validation effects."
-    if self.val is None or not self.val.n_obs: return None
-    return float(np.linalg.norm(self.effects(self.val.obs) - self.val.X, axis=1).mean())
-
-# %% ../../nbs/11b_models.transport.ipynb #00000027
-@patch
 def aims(self:FlowMatching, conditions):
     "`(e, beside)`, see `sums`."
     return sums(conditions, self.parts, self.network.parts.detach().double().cpu().numpy(), self.guess, self.V, self.scale)
@@ -273,7 +266,7 @@ def moved(self:FlowMatching, conditions, n, block=64):
 def effects(self:FlowMatching, conditions):
     return self.moved(conditions, self.o.carried)[0].mean(1) @ self.V.T + self.aims(conditions)[1]
 
-# %% ../../nbs/11b_models.transport.ipynb #00000029
+# %% ../../nbs/11b_models.transport.ipynb #00000028
 @patch
 def predict_cells(self:FlowMatching, conditions, n=200):
     "For each of `conditions`: predicted cells (n, genes), float32, and the rows of `self.cells` that they were before."
@@ -282,7 +275,7 @@ def predict_cells(self:FlowMatching, conditions, n=200):
         for shift, beside, mine in zip(shifts, self.aims(conditions)[1], rows):
             yield (self.cells.X[mine].toarray() + shift @ self.V.T + beside).astype(np.float32), mine
 
-# %% ../../nbs/11b_models.transport.ipynb #00000030
+# %% ../../nbs/11b_models.transport.ipynb #00000029
 @register
 class FlowMatchingPermuted(FlowMatching):
     "`flow_matching` with the genes of the priors exchanged: what it gains from priors must be gone."
