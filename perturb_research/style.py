@@ -63,9 +63,9 @@ STRATA = {'combo_seen2': PALETTE['blue'], 'combo_seen1': PALETTE['sky'], 'combo_
 
 # %% ../nbs/00a_style.ipynb #00000013
 KINDS = {  # how a model works: names, or beginnings of names
-    'ignores what is asked': ('no_change', 'mean', 'context_mean'), 'arithmetic, linear': ('additive', 'scaled_additive', 'ridge', 'linear', 'latent_shift', 'nearest'),
-    'Gaussian processes': ('kernel', 'gp_', 'multi_kernel'), 'trees': ('random_forest', 'gradient_boosting'), 'graphs': ('probabilistic', 'graph_', 'cgio', 'gears'),
-    'transformer': ('scgpt',), 'latent, transport': ('scgen', 'cpa', 'flow_matching', 'latent_additive'), 'all together': ('committee',)}
+    'ignores what is asked': ('no_change', 'mean', 'context_mean'), 'arithmetic, linear': ('additive', 'scaled_additive', 'ridge', 'linear', 'latent_shift', 'nearest', 'drug_mean', 'line_drug'),
+    'Gaussian processes': ('kernel', 'gp_', 'multi_kernel', 'fingerprint_line'), 'trees': ('random_forest', 'gradient_boosting'), 'graphs': ('probabilistic', 'graph_', 'cgio', 'gears'),
+    'transformers': ('scgpt', 'response'), 'latent, transport': ('scgen', 'cpa', 'flow_matching', 'latent_additive'), 'all together': ('committee',)}
 KIND_COLOURS = dict(zip([*KINDS, 'other'], [GREY, *(PALETTE[c] for c in ('sky', 'blue', 'green', 'vermilion', 'purple', 'orange')), '#7a4a00', PALETTE['black']]))
 
 def kind_of(model):

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, launch, run_notebook
 
 
-@pytest.mark.parametrize("name", ["00_core", "00a_style", "00b_launch", "02a_data.read", "02b_data.labels", "05a_data.split_formats", "06_evaluate.metrics", "06a_evaluate.de", "06b_evaluate.distributions", "06c_evaluate.panels", "07a_evaluate.predictions", "07b_evaluate.trials", "07c_models.training"])
+@pytest.mark.parametrize("name", ["00_core", "00a_style", "00b_launch", "02a_data.read", "02b_data.labels", "05a_data.split_formats", "05d_data.whitening", "06_evaluate.metrics", "06a_evaluate.de", "06b_evaluate.distributions", "06c_evaluate.panels", "06f_evaluate.ranking", "07a_evaluate.predictions", "07b_evaluate.trials", "07c_models.training"])
 def test_definitions_run(name):
     done = subprocess.run([sys.executable, "-c", f"from nbdev.test import nbdev_test; nbdev_test(path='nbs/{name}.ipynb', n_workers=0)"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

@@ -1,12 +1,13 @@
 "Notebook 04: detection on real screens, effects against a plain computation, bad input."
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import SHARED, cells, launch, needs_shared, run_notebook
 
 from perturb_research.core import Problem
 from perturb_research.data.labels import describe
-from perturb_research.data.preprocess import is_condition_level, measure, value_kind
+from perturb_research.data.preprocess import is_condition_level, measure, read_effects, value_kind
 from perturb_research.data.read import read_screen
 
 # what each file holds, from its own documentation: column, conditions, values, contexts, types, batches
@@ -68,6 +69,19 @@ def processed(screen, **given):
     table, report = describe(screen)
     effects, ready, measured = measure(screen, table, **given)
     return effects, ready, report | measured
+
+
+def test_the_controls_of_a_file_of_effects_are_its_means_less_its_effects():
+    "Of every line, those of other lines apart; none where effects are no differences of such means."
+    rng = np.random.default_rng(0)
+    control, effect = rng.gamma(2, 1, (2, 5)), rng.normal(size=(4, 5))
+    obs = pd.DataFrame(dict(perturbation=["a", "b", "a", "b"], perturbation_type="drug", dose=1.0, time_h=24.0, context=["x", "x", "y", "y"], is_control=False, n_cells=50), index=list("1234"))
+    screen = ad.AnnData(effect, obs, pd.DataFrame(index=list("ABCDE")), uns=dict(effect_scale="mean_log1p"), layers=dict(mean=effect + control[[0, 0, 1, 1]]))
+    found = read_effects(screen, obs, {}).uns
+    assert list(found["control_contexts"]) == ["x", "y"]
+    np.testing.assert_allclose(found["control_mean"], control, rtol=1e-5)
+    screen.uns["effect_scale"] = "log_ratio"
+    assert "control_mean" not in read_effects(screen, obs, {}).uns
 
 
 def test_effects_match_the_definition():

@@ -11,7 +11,7 @@ SPLITS = {  # screen: its splits, and some of the models, so that each meets a r
     "carpool/carpool_effects": ({"combination", "doubles", "replicate"}, "gaussian graph"),
     "norman/norman_mcfaline_cells": ({"combination", "doubles", "context", "replicate"}, "gears scgpt cpa"),
     "kang/kang_pbmc_ifnb": ({"context", "replicate"}, "scgen transport"),
-    "l1000/l1000_ht115_355drugs": ({"perturbation", "replicate"}, "latent_additive forests scgpt"),
+    "l1000/l1000_ht115_355drugs": ({"perturbation", "replicate"}, "latent_additive forests response"),
 }
 
 

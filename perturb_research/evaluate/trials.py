@@ -92,12 +92,12 @@ def ensemble(members):
 
 # %% ../../nbs/07b_evaluate.trials.ipynb #00000014
 ORDER = (  # in which figures show models; a stranger may take none of these names
-    'no_change', 'mean', 'context_mean', 'additive', 'scaled_additive', 'ridge', 'linear', 'latent_shift', 'nearest', 'kernel',
+    'no_change', 'mean', 'context_mean', 'drug_mean', 'additive', 'scaled_additive', 'ridge', 'linear', 'latent_shift', 'nearest', 'kernel', 'line_drug', 'fingerprint_line',
     'probabilistic', 'graph_encoder', 'graph_encoder_permuted', 'cgio', 'cgio_permuted', 'cgio_state',
     'gp_slopes', 'gp_joint', 'multi_kernel', 'gp_average', 'gp_prior', 'gp_prior_permuted',
     'random_forest', 'random_forest_permuted', 'gradient_boosting', 'gears', 'gears_permuted', 'scgpt', 'scgpt_plain', 'scgpt_ridge',
     'scgen', 'scgen_random', 'cpa', 'cpa_no_adversary', 'flow_matching', 'flow_matching_permuted',
-    'latent_additive', 'latent_additive_prior', 'latent_additive_permuted')
+    'latent_additive', 'latent_additive_prior', 'latent_additive_permuted', 'response', 'response_plain')
 BESIDE = 'no_change', 'mean', 'additive', 'kernel'  # the baselines that every model is shown beside
 
 def in_order(models):

@@ -491,6 +491,7 @@ class ScGPTRidge(CellModel):
 
     def build(self): return self.masking(self.fresh())
     def batches(self, epoch, rng): return self.cell_batches(epoch, rng)
+    def score(self): return None  # what is trained here reads cells and predicts nothing yet
 
     def learn(self, val):
         few = not self.o.pretrain  # a checkpoint may be used as it is
