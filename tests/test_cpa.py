@@ -23,6 +23,19 @@ def test_pairs_that_do_less_than_their_sum():
     assert error(model.predict(asked)) < .5 * error(additive_weights(asked, train.obs) @ train.X)
 
 
+def test_an_activated_gene_is_not_one_knocked_out_elsewhere():
+    "Genes activated in one line and repressed in another, to the opposite effect; one pair was seen, which says little of others."
+    alone = genes()
+    asked = [("A", "x"), ("B", "x"), ("C", "x"), ("D", "x"), ("C+D", "x"), ("A", "y"), ("B", "y")]
+    truth = np.array([*alone, .2 * (alone[2] + alone[3]), -alone[0], -alone[1]])
+    train, cells = screen(asked, truth)
+    train.obs["perturbation_type"] = np.where(train.obs["context"] == "x", "CRISPRa", "CRISPRi")
+    model = fit(train, cells, epochs=1)
+    assert len(model.parts) == 6 and .5 < model.network.gain.item() < .75
+    found = model.predict(train.obs)
+    for row in (0, 1, 5, 6): assert np.linalg.norm(found[row] - truth[row]) < .6 * np.linalg.norm(truth[row])
+
+
 def test_an_interaction_that_the_decoder_can_hold():
     "Ten genes act on two programmes, a pair does 0.7 of the sum on each, and where both programmes are up, other genes follow."
     rng, names = generator(0, "rule"), "ABCDEFGHIJ"

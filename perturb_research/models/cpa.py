@@ -12,10 +12,11 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import generator
-from ..data.labels import is_combo, parts_of
-from .baselines import mean_length, part_columns, register
+from ..data.labels import is_combo
+from .baselines import mean_length, register
 from .scgen import CellModel, bend, by_origin, components, dense, displaced
 from .training import Settings
+from .transport import members, pieces
 
 # %% ../../nbs/11a_models.cpa.ipynb #00000006
 class Reversed(torch.autograd.Function):
@@ -120,8 +121,8 @@ class CPA(CellModel):
 
     def build(self):
         self.take_cells()
-        self.parts = sorted({p for mine in parts_of(self.train) for p in mine})
-        self.P, self.doses = part_columns(self.train, self.parts), self.train['dose'].to_numpy(float)
+        self.parts = sorted({p for mine in pieces(self.train) for p in mine})  # each with its type: an activated gene is not the same as one knocked out
+        self.P, self.doses = members(self.train, self.parts), self.train['dose'].to_numpy(float)
         self.contexts = sorted(self.cells.obs['context'].astype(str).unique())
         self.label_cells()
         V, sd = components(self.X, self.cells, self.o.latent, generator(self.seed, 'components'))
@@ -155,7 +156,8 @@ def first_vectors(self:CPA, V, sd, unit):
     v = np.linalg.solve(A.T @ A + .01 * np.eye(len(self.parts)), A.T @ D[teach])
     fair = pair & (self.P @ (1 - self.alone) == 0)  # all of whose parts were measured alone
     summed = amount[fair] @ v
-    gain = float((summed * D[fair]).sum() / max((summed**2).sum(), 1e-12)) if fair.any() else None
+    along, length = (summed * D[fair]).sum(1), (summed**2).sum(1)
+    gain = float((along.sum() + length.mean()) / max((length.sum() + length.mean()), 1e-12)) if fair.any() else None  # as if one pair more had been additive
     return v / sd, gain
 
 @patch
@@ -171,9 +173,11 @@ def batch(self:CPA, rows):
 @patch
 def shifts(self:CPA, conditions):
     "Displacements (conditions, k) of `conditions`, whatever their context."
-    known = part_columns(conditions, self.parts)
-    unknown = np.array([len(mine) for mine in parts_of(conditions)]) - known.sum(1)
-    mean = np.tile(self.alone / max(self.alone.sum(), 1), (len(known), 1))
+    known = members(conditions, self.parts)
+    unknown = np.array([len(mine) for mine in pieces(conditions)]) - known.sum(1)
+    alike = (conditions['perturbation_type'].astype(str).to_numpy()[:, None] == [kind for kind, _ in self.parts]) * self.alone
+    alike = np.where(alike.any(1, keepdims=True), alike, self.alone)
+    mean = alike / np.maximum(alike.sum(1, keepdims=True), 1)
     dose = self.tensor(conditions['dose'].to_numpy(float))
     net, pair = self.network, self.tensor((known.sum(1) + unknown > 1).astype(float))[:, None]
     amount = self.tensor(known + unknown[:, None] * mean) * (1. if net.dose is None else net.dose(dose))
