@@ -101,8 +101,8 @@ ORDER = (  # in which figures show models; a stranger may take none of these nam
 BESIDE = 'no_change', 'mean', 'additive', 'kernel'  # the baselines that every model is shown beside
 
 def in_order(models):
-    "`models` by `ORDER`, all others after them by name; without the replicate, 'ceiling'."
-    return sorted({str(m) for m in models} - {'ceiling'}, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m))
+    "`models` by `ORDER`, all others after them as they come; without the replicate, 'ceiling'."
+    return sorted((m for m in dict.fromkeys(map(str, models)) if m != 'ceiling'), key=lambda m: ORDER.index(m) if m in ORDER else len(ORDER))
 
 def hold_trial(run, effects, splits, models, *, candidates=None, cells=None, priors=None, seeds=1, skip='', changes=None, keep=True):
     """Fit the `models` (classes) on every split, write and score their answers; a `Trial`.
