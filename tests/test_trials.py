@@ -175,7 +175,7 @@ def table(values, stratum="combo_seen2"):
 def test_the_order_of_figures_names_every_model():
     for step in ZOO: importlib.import_module("perturb_research." + step.partition("_")[2])
     def below(cls): return {cls} | {c for sub in cls.__subclasses__() for c in below(sub)}
-    names = [c.name for c in below(Model) if c.__module__.startswith("perturb_research.") and c.name]
+    names = [c.name for c in below(Model) if c.__module__.startswith("perturb_research.") and c.__module__ != "perturb_research.drugs.candidate" and c.name]  # inverse models are no rows of forward figures
     assert sorted(set(names)) == sorted(ORDER)
 
 
