@@ -5,16 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"): os.environ.setdefault(_threads, "1")  # read when NumPy and torch are loaded; the workers share the cores
+for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"): os.environ.setdefault(_threads, "1")  # read when NumPy and torch are loaded; the workers share the cores
+os.environ.setdefault("MPLBACKEND", "agg")  # figures go into files alone: nobody looks at the pictures in the executed notebooks
 
 import anndata as ad
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
 from filelock import FileLock
 
-from perturb_research.launch import export
+from perturb_research.launch import code_cells, export
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # real screens; tests on them run where the folder is present
@@ -37,11 +39,36 @@ def run_notebook(name, out, **parameters):
     return subprocess.run(command + given, env=env, capture_output=True, text=True)
 
 
+def run_here(name, out, **parameters):
+    "Execute one notebook's cells in this process below `out`: a quarter of `run_notebook`'s time, for no kernel starts and no library loads; what stops it is raised."
+    scope = {"__name__": "__main__", "display": print}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PERTURB_OUT", str(out))
+        patch.chdir(ROOT / "nbs")
+        for source, tags in code_cells(ROOT / "nbs" / f"{name}.ipynb"):
+            exec(compile(source, name, "exec"), scope)
+            if "parameters" in tags: scope |= parameters
+    plt.close("all")
+
+
 def cells(n=60, genes=20, column="perturbation", targets=("control", "KLF1", "AHR"), seed=0, **columns):
     "A small screen of counts; `columns` are further columns of `obs`."
     rng = np.random.default_rng(seed)
     obs = pd.DataFrame({column: np.resize(targets, n), **columns}, index=[f"c{i}" for i in range(n)])
     return ad.AnnData(sp.csr_matrix(rng.poisson(3, (n, genes)).astype(np.float32)), obs, pd.DataFrame(index=[f"G{i}" for i in range(genes)]))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes half a minute or more; begun first, so that no core is idle at the end")
+
+
+def pytest_collection_modifyitems(items):
+    "Slow tests first, in both halves of the list, since two workers begin with a half each: those on `small` in the one, the others in the other."
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    quick = [item for item in items if not item.get_closest_marker("slow")]
+    first = [item for item in slow if "small" in item.fixturenames]
+    half = max(0, len(items) // 2 - len(first))
+    items[:] = first + quick[:half] + [item for item in slow if item not in first] + quick[half:]
 
 
 def pytest_sessionstart(session):

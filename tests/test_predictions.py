@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from conftest import cells, launch
+from conftest import cells, launch, run_notebook
 
 from perturb_research.core import Problem
 from perturb_research.data.labels import condition_ids
@@ -338,8 +338,9 @@ def test_counts_on_both_sides_give_the_metrics_of_counts():
     assert "vcc2026.pds_cosine" in set(evaluate(whole[half].copy(), whole[~half].copy())["metric"])
 
 
-def test_predictions_join_the_figures(small, tmp_path):
-    "The whole main job with somebody's model in it; without, the model is gone again."
+@pytest.mark.slow
+def test_predictions_and_parameters_join_the_figures(small, tmp_path):
+    "The whole main job with somebody's model in it, and one notebook by hand with another parameter; without, both are gone again."
     out = tmp_path / "out"
     shutil.copytree(small, out)
     split = next(s for s in json.loads((out / "data/results/sim/splits.json").read_text()) if s["kind"] == "doubles")
@@ -357,11 +358,16 @@ def test_predictions_join_the_figures(small, tmp_path):
         mine, kernel = (board[(board["model"] == m) & (board["split"] == split["name"]) & (board["measure"] == measure)] for m in ("my_model", "kernel"))
         assert len(mine) and np.allclose(mine["value"], kernel["value"], rtol=1e-4)
     assert "my_model" in set(pd.read_csv(out / "figures/sim/foreign_error.csv")["model"])
+    figures = lambda base: {f.name: f.read_bytes() for f in (base / "figures/sim").iterdir()}
     steps = lambda base: {f.name: f.stat().st_mtime_ns for f in (base / "data/results/sim/done").iterdir()}
     assert {n[:2] for n, t in steps(out).items() if t != steps(small).get(n)} <= {"13", "14", "15"}, "no model is trained again for it"
     assert "my_model" in set(pd.read_csv(out / "figures/sim/retrieval_by_route.csv")["model"])
+    by_hand = run_notebook("14_evaluate.retrieval", out, dataset="sim", profile="small", top_k=5)  # what the README shows: it reads what the main job made and changes only its own figures
+    assert by_hand.returncode == 0, by_hand.stderr[-3000:]
+    assert '"top_k": 5' in (out / "figures/sim/retrieval_at_k.json").read_text()
+    assert {"14_evaluate.retrieval.json"} == set(steps(small)) - set(steps(out)), "the next call makes the standard figures again"
     assert launch(out, "figures", "--profile", "small", "--dataset", "sim").returncode == 0
-    for name in (small / "figures/sim").iterdir(): assert (out / "figures/sim" / name.name).read_bytes() == name.read_bytes(), name.name
+    assert set(figures(out)) == set(figures(small)) and not [n for n, made in figures(out).items() if made != figures(small)[n]]
 
 
 def test_predictions_are_refused_before_anything_runs(tmp_path):

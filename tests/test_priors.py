@@ -6,12 +6,13 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SHARED, needs_shared, run_notebook
+from conftest import SHARED, needs_shared, run_here
 from scipy import sparse
 
 from perturb_research.core import Problem, generator
-from perturb_research.data.priors import (directed, gather, gene_effects, hit_by, kind_of, mantel, matched, perturbed_genes, read_edges,
+from perturb_research.data.priors import (directed, gather, gene_effects, kind_of, mantel, matched, perturbed_genes, read_edges,
                                           read_graph, read_priors, read_sets, source_files, targets_move, write_graph, write_priors)
+from perturb_research.data.splits import target_genes
 
 GENES = [f"G{i}" for i in range(12)]
 
@@ -138,7 +139,7 @@ def test_contradictory_edges_count_as_positive_and_repeated_ones_once(tmp_path):
 
 def test_drugs_are_known_by_their_targets():
     obs = pd.DataFrame({"perturbation": ["d1", "d2", "A+B"], "perturbation_type": ["drug", "drug", "CRISPRi"], "targets": ["X; Y;", None, ""]})
-    assert hit_by(obs) == [["X", "Y"], [], ["A", "B"]] and perturbed_genes(obs) == ["A", "B", "X", "Y"]
+    assert target_genes(obs) == [["X", "Y"], [], ["A", "B"]] and perturbed_genes(obs) == ["A", "B", "X", "Y"]
 
 
 # ---- structure
@@ -217,8 +218,7 @@ def test_the_notebook_writes_what_names_alone_give(tmp_path):
     effects, source = screen(), put(tmp_path, "net.csv", "source,target,sign\nP00,g1,1\nP01,g2,-1\nP02,g1,1\n")
     (tmp_path / "data/processed/toy").mkdir(parents=True)
     effects.write_h5ad(tmp_path / "data/processed/toy/effects.h5ad")
-    done = run_notebook("05c_data.priors", tmp_path, dataset="toy", profile="small", sources=source)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_here("05c_data.priors", tmp_path, dataset="toy", profile="small", sources=str(source))
     write_priors(tmp_path / "names.npz", gather([source], effects.var_names, perturbed_genes(effects.obs)))  # no effects: held-out ones cannot reach a model
     assert (tmp_path / "names.npz").read_bytes() == (tmp_path / "data/processed/toy/priors.npz").read_bytes()
     table = pd.read_csv(tmp_path / "figures/toy/prior_coverage.csv")
@@ -228,8 +228,7 @@ def test_the_notebook_writes_what_names_alone_give(tmp_path):
 def test_a_screen_of_which_nothing_is_known_ends_well(tmp_path):
     (tmp_path / "data/processed/toy").mkdir(parents=True)
     screen().write_h5ad(tmp_path / "data/processed/toy/effects.h5ad")
-    done = run_notebook("05c_data.priors", tmp_path, dataset="toy", profile="small")
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_here("05c_data.priors", tmp_path, dataset="toy", profile="small")
     assert not read_priors(tmp_path / "data/processed/toy/priors.npz")
     notes = json.loads((tmp_path / "runs/toy/05c_data.priors.record.json").read_text())["notes"]
     assert "priors.sources='hallmark collectri'" in notes[0] and (tmp_path / "figures/toy/prior_coverage.note.txt").is_file()

@@ -15,7 +15,7 @@ from conftest import ROOT
 from perturb_research.launch import STEPS, code_cells, defaults
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-FLOORS = {"core": 0, "style": 0, "launch": 0, "data": 1, "evaluate": 2, "models": 2, "drugs": 2, "report": 3}
+FLOORS = {"core": 0, "style": 0, "launch": 0, "data": 1, "evaluate": 2, "models": 2, "drugs": 2, "page": 3, "report": 3}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_imports_stand_alone(notebook):
 
 def test_every_step_is_a_notebook_and_the_other_way_round():
     definitions = {"00_core", "00a_style", "00b_launch", "02a_data.read", "02b_data.labels", "05a_data.split_formats", "05d_data.whitening", "06_evaluate.metrics", "06a_evaluate.de", "06b_evaluate.distributions", "06c_evaluate.panels", "06f_evaluate.ranking",
-                   "07a_evaluate.predictions", "07b_evaluate.trials", "07c_models.training"}
+                   "07a_evaluate.predictions", "07b_evaluate.trials", "07c_models.training", "11d_models.inverse", "15a_page"}
     assert {n.stem for n in NOTEBOOKS} == set(STEPS) | definitions
 
 

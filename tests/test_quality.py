@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from conftest import SHARED, needs_shared, run_notebook
+from conftest import SHARED, needs_shared, run_here
 from scipy.stats.contingency import association
 
 from perturb_research.data.labels import CONDITION, condition_ids, describe
@@ -174,8 +174,7 @@ def test_notebook_says_which_perturbation_lies_in_one_batch(tmp_path):
     effects.obs = effects.obs.assign(dose=np.nan, time_h=np.nan, n_cells=50)
     effects.uns["simulated"] = False
     processed(tmp_path, table, effects, ad.AnnData(sp.csr_matrix((len(obs), 3), dtype=np.float32), obs))
-    done = run_notebook("04a_data.quality", tmp_path, dataset="toy", profile="small")
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_here("04a_data.quality", tmp_path, dataset="toy", profile="small")
     record = (tmp_path / "runs" / "toy" / "04a_data.quality.record.json").read_text()
     assert "lie in one batch alone: HERE" in record and "dropped for too few: 1" in record and "never engaged: G0, G12" in record
     for slug in ("cell_quality", "cells_per_condition", "batch_confounding", "target_engagement"): assert (tmp_path / "figures" / "toy" / f"{slug}.png").is_file()
@@ -186,8 +185,7 @@ def test_notebook_leaves_notes_for_effects_of_drugs(tmp_path):
     effects.obs = effects.obs.assign(dose=1., time_h=np.nan, n_cells=np.nan)
     effects.uns["simulated"] = False
     processed(tmp_path, None, effects)
-    done = run_notebook("04a_data.quality", tmp_path, dataset="toy", profile="small")
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_here("04a_data.quality", tmp_path, dataset="toy", profile="small")
     notes = {p.name.split(".")[0]: p.read_text() for p in (tmp_path / "figures" / "toy").glob("*.note.txt")}
     assert set(notes) == {"cell_quality", "cells_per_condition", "batch_confounding", "target_engagement"}
     assert "need not change the transcript" in notes["target_engagement"]

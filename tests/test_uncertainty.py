@@ -6,7 +6,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import run_notebook
+from conftest import run_here
 from scipy import stats
 from scipy.integrate import quad
 from sklearn.metrics import roc_auc_score
@@ -335,16 +335,15 @@ def step(toy_screen, tmp_path_factory):
                 if name == "stated": made.layers["var"] = np.full(truth.shape, noise**2, dtype="float32")
                 made.write_h5ad(results / split.name / f"{name}.s{seed}.{part}.h5ad")
     (results / "splits.json").write_text(json.dumps(listed))
-    return out, run_notebook("14a_evaluate.uncertainty", out, dataset="toy")
+    run_here("14a_evaluate.uncertainty", out, dataset="toy")
+    return out
 
 
 def test_step_takes_up_every_model_and_says_what_it_leaves_out(step):
-    out, done = step
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = pd.read_parquet(out / "data/results/toy/uncertainty.parquet")
+    found = pd.read_parquet(step / "data/results/toy/uncertainty.parquet")
     assert set(found["model"]) == {"stated", "seeds", "plain", "committee"}
-    for slug in ("uncertainty_coverage", "risk_coverage", "stated_uncertainty"): assert (out / f"figures/toy/{slug}.csv").is_file()
-    notes = json.loads((out / "runs/toy/14a_evaluate.uncertainty.record.json").read_text())["notes"]
+    for slug in ("uncertainty_coverage", "risk_coverage", "stated_uncertainty"): assert (step / f"figures/toy/{slug}.csv").is_file()
+    notes = json.loads((step / "runs/toy/14a_evaluate.uncertainty.record.json").read_text())["notes"]
     assert any("late is left out: no predictions of the val part" in n for n in notes) and any("narrow.s0.test.h5ad is left out: it lacks 5 of the split's 25 genes" in n for n in notes)
     normal = found.query("split == 'doubles.s0' and score == 'normal' and metric == 'coverage' and stratum == 'all'").set_index(["model", "level"])["value"]
     assert normal["stated", .8] == pytest.approx(.8, abs=.06) and normal["stated", .9] == pytest.approx(.9, abs=.05)
@@ -353,15 +352,13 @@ def test_step_takes_up_every_model_and_says_what_it_leaves_out(step):
     assert pooled["value"].between(pooled["expected_low"] - .06, pooled["expected_high"] + .06).all()
     weighted = found[found["weighted"]]
     assert set(weighted["split"]) == {"combination.s0"} and not weighted["exchangeable"].any()
-    assert "nothing is guaranteed" in (out / "figures/toy/uncertainty_coverage.json").read_text()
+    assert "nothing is guaranteed" in (step / "figures/toy/uncertainty_coverage.json").read_text()
 
 
 def test_step_without_predictions_leaves_notes(step, tmp_path):
-    out, _ = step
     bare = tmp_path / "out"
-    for name in ("data/processed/toy/effects.h5ad", "data/results/toy/splits.json", *(str(p.relative_to(out)) for p in (out / "data/results/toy/splits").iterdir())):
+    for name in ("data/processed/toy/effects.h5ad", "data/results/toy/splits.json", *(str(p.relative_to(step)) for p in (step / "data/results/toy/splits").iterdir())):
         (bare / name).parent.mkdir(parents=True, exist_ok=True)
-        (bare / name).write_bytes((out / name).read_bytes())
-    done = run_notebook("14a_evaluate.uncertainty", bare, dataset="toy")
-    assert done.returncode == 0, done.stderr[-3000:]
+        (bare / name).write_bytes((step / name).read_bytes())
+    run_here("14a_evaluate.uncertainty", bare, dataset="toy")
     assert sorted(p.name for p in (bare / "figures/toy").iterdir()) == [f"{s}.note.txt" for s in ("risk_coverage", "stated_uncertainty", "uncertainty_coverage")]
