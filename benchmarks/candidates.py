@@ -1,10 +1,11 @@
-"""Targets of drugs never seen, and drugs found by the other half of their cells, on `sim_drugs`; run by hand: `python benchmarks/candidates.py [effects.h5ad] [splits] [models]`.
+"""Targets of drugs never seen, and drugs found by the other half of their cells, on `sim_drugs`; run by hand: `python benchmarks/candidates.py [effects.h5ad] [--seeds 0-19] [--models ...]`.
 
-Splits by drug (seeds 0 ... 19): recall@10 and NDCG@10 of targets over active conditions, averaged over the conditions of a drug in a split, then over its splits;
-differences to popularity, nearest neighbour and logistic regression are paired by drug. The replicate query: half 2 of each active condition, half 1 trained on.
+Splits by drug: recall@10 and NDCG@10 of targets over active conditions, averaged over the conditions of a drug in a split, then over its splits;
+differences to popularity, nearest neighbour and logistic regression are paired by drug. The replicate query: half 2 of each active condition, half 1 trained on; `--no-replicate` leaves it out.
+The settings of the network were compared on seed 0: `--seeds 1-5` are splits that no choice has seen.
 """
+import argparse
 import resource
-import sys
 import time
 
 import anndata as ad
@@ -13,11 +14,17 @@ import pandas as pd
 
 from perturb_research.core import generator, project_root
 from perturb_research.data.splits import make_split
-from perturb_research.drugs.candidate import INVERSE, catalogue, listed, membership, telling
+from perturb_research.drugs.candidate import catalogue, telling
 from perturb_research.evaluate.calibration import bootstrap_interval
 from perturb_research.evaluate.ranking import ceiling_ranking, chance_ranking, ranking_scores
+from perturb_research.models.inverse import INVERSE, listed, membership
 
-MODELS = (sys.argv[3] if len(sys.argv) > 3 else 'popularity nearest nearest_whitened logistic dc').split()
+MODELS = 'popularity', 'nearest', 'nearest_whitened', 'ridge', 'logistic', 'dc'
+
+
+def several(text):
+    "'1-3' or '0,4' as numbers."
+    return [n for part in text.split(',') for n in (range(int(part.split('-')[0]), int(part.split('-')[1]) + 1) if '-' in part else [int(part)])]
 
 
 def active(effects):
@@ -47,10 +54,10 @@ def on_all(model, scores, targets):
     return full
 
 
-def unseen(effects, names, drugs, targets, seeds):
+def unseen(effects, names, drugs, targets, seeds, models):
     "Rows: split, drug, model, recall@10, ndcg@10, ap@10, hit@10 and hit@50 of the drug."
     rows, seconds = [], []
-    for seed in range(seeds):
+    for seed in seeds:
         split = make_split(effects, 'perturbation', seed)
         test, T, drug = asked(split, effects, names, drugs, targets)
         X, who = np.asarray(test.X, dtype=float), test.obs['perturbation'].astype(str).to_numpy()
@@ -58,17 +65,17 @@ def unseen(effects, names, drugs, targets, seeds):
         known = membership(catalogue(split.train(effects).obs)[0], targets).any(0)
         keep('ceiling', ceiling_ranking(T, known, (10,)))
         keep('chance', chance_ranking(len(targets), T.sum(1), (10,)))
-        for name in MODELS:
+        for name in models:
             model, took = trained(name, split, effects)
             found = ranking_scores(on_all(model, model.targets(X), targets), T, (10,))
             own = drug[:, None] == np.arange(len(drugs))
             keep(name, found.join(ranking_scores(-model.rank(X, drugs), own, (10, 50)).filter(like='hit').add_prefix('drug ')))
             if name == 'dc': seconds.append(took)
-        print(f'split {seed}: {len(test)} active conditions of {len(set(who))} drugs; network trained in {seconds[-1]:.1f} s', flush=True)
+        print(f'split {seed}: {len(test)} active conditions of {len(set(who))} drugs; network trained in {seconds[-1] if seconds else np.nan:.1f} s', flush=True)
     return pd.concat(rows, ignore_index=True), seconds
 
 
-def differences(table, metric, others=('popularity', 'nearest', 'nearest_whitened', 'logistic')):
+def differences(table, metric, others=('popularity', 'nearest', 'nearest_whitened', 'ridge', 'logistic')):
     values = table.groupby(['drug', 'model'])[metric].mean().unstack()
     for other in [o for o in others if o in values]:
         gain = (values['dc'] - values[other]).dropna().to_numpy()
@@ -76,10 +83,10 @@ def differences(table, metric, others=('popularity', 'nearest', 'nearest_whitene
         print(f'{metric}: dc less {other:16} {gain.mean():+.4f} [{low:+.4f}, {high:+.4f}] over {len(gain)} drugs')
 
 
-def replicate(effects, names, drugs, targets):
+def replicate(effects, names, drugs, targets, models):
     split = make_split(effects, 'replicate', 0)
     test, _, drug = asked(split, effects, names, drugs, targets)
-    for name in [m for m in MODELS if m not in ('popularity', 'logistic')]:
+    for name in [m for m in models if m not in ('popularity', 'ridge', 'logistic')]:
         model, took = trained(name, split, effects)
         start = time.perf_counter()
         found = ranking_scores(-model.rank(np.asarray(test.X, dtype=float), drugs), drug[:, None] == np.arange(len(drugs)), (1, 10, 50))
@@ -88,12 +95,19 @@ def replicate(effects, names, drugs, targets):
 
 
 if __name__ == '__main__':
-    effects = ad.read_h5ad(sys.argv[1] if len(sys.argv) > 1 else project_root()/'data/processed/sim_drugs/effects.h5ad')
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('effects', nargs='?', default=project_root()/'data/processed/sim_drugs/effects.h5ad')
+    parser.add_argument('--seeds', type=several, default=list(range(20)))
+    parser.add_argument('--models', nargs='+', default=MODELS, choices=list(INVERSE))
+    parser.add_argument('--no-replicate', action='store_true')
+    given = parser.parse_args()
+    effects = ad.read_h5ad(given.effects)
     names, (drugs, _) = active(effects), catalogue(effects.obs)
     targets = sorted({t for mine in listed(drugs['targets']) for t in mine})
     print(f'{len(names)} of {effects.n_obs} conditions are active, {len(drugs)} drugs, {len(targets)} targets')
-    replicate(effects, names, drugs, targets)
-    table, seconds = unseen(effects, names, drugs, targets, int(sys.argv[2]) if len(sys.argv) > 2 else 20)
+    if not given.no_replicate: replicate(effects, names, drugs, targets, given.models)
+    table, seconds = unseen(effects, names, drugs, targets, given.seeds, given.models)
     print(table.groupby(['model', 'drug']).mean(numeric_only=True).groupby('model').mean().drop(columns='split').round(3).to_string())
-    for metric in ('recall@10', 'ndcg@10'): differences(table, metric)
-    print(f'network trained in {np.mean(seconds):.1f} s of processor time on average; peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB')
+    if 'dc' in given.models:
+        for metric in ('recall@10', 'ndcg@10'): differences(table, metric)
+        print(f'network trained in {np.mean(seconds):.1f} s of processor time on average; peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB')

@@ -1,10 +1,14 @@
-"""Forward models of drugs on real L1000 profiles: `python benchmarks/response.py [drugs lines] [--folder FOLDER] [--folds 5] [--epochs 10]`; a few minutes. No limits.
+"""Forward models of drugs: `python benchmarks/response.py [drugs lines seeds] [--folder FOLDER] [--folds 5] [--epochs 30] [--seeds 1 2 3] [--kinds ...]`; a few minutes. No limits.
+
+drugs and lines are of real L1000 profiles, seeds of the embedded screen of drugs.
 
 drugs    HT115, 355 compounds (pert_id), mean of their wells less the plate's DMSO; compounds left out in folds: mean L2 over that of the training mean.
 lines    14 drugs x 43 lines, line left out in folds: mean L2 over that of the drug's mean. The effect is treated - control, so the noise of a control predicts the effect
          that it was taken from. Each line's wells are therefore halved, and a half is predicted once with the profile of its own controls (shared noise) and once with the other
          half's (independent), in training and in the question; lines with one control are left out.
-Intervals: 95 %, over compounds or lines.
+seeds    `sim_drugs` (`--effects` names another), as notebook 13 trains: L2 of the network over that of its start, fingerprint_line, on splits of other seeds than 0, whose test
+         errors were looked at when its settings were chosen. A drug is averaged over its conditions in a split, then over the splits that ask for it; beside it seed 0 alone.
+Intervals: 95 %, over compounds or lines; of `seeds` over drugs.
 """
 import argparse
 from pathlib import Path
@@ -13,7 +17,8 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from perturb_research.core import generator
+from perturb_research.core import generator, project_root
+from perturb_research.data.splits import make_split
 from perturb_research.drugs.response import DrugMean, FingerprintLine, LineDrug, Response, ResponsePlain
 from perturb_research.evaluate.calibration import bootstrap_ratio
 from perturb_research.models.baselines import Mean, NoChange
@@ -79,11 +84,37 @@ def lines(folder, folds, **changes):
         said(held_out(effects, line[keep], [NoChange, Mean, DrugMean, LineDrug, FingerprintLine, Response, ResponsePlain], folds, **changes), 'drug_mean', line[keep], f'unseen line, {what}')
 
 
+KINDS = 'pairs', 'perturbation', 'scaffold', 'context', 'both'
+
+
+def asked(effects, kind, seed):
+    "Rows: drug, and the mean L2 of the network and of its start over the conditions that one split asks for."
+    split = make_split(effects, kind, seed)
+    model = Response().fit(split.train(effects), val=split.val(effects), rng=generator(0, Response.name, split.name))
+    test = split.test(effects)
+    error = {name: np.linalg.norm(X - test.X, axis=1) for name, X in (('response', model.predict(test.obs)), ('fingerprint_line', model.started(test.obs)))}
+    print(f"  {split.name}: {error['response'].mean() / error['fingerprint_line'].mean():.4f}", flush=True)
+    return pd.DataFrame(error).groupby(test.obs['perturbation'].astype(str).to_numpy()).mean()
+
+
+def seeds(effects, kinds, fresh):
+    for kind in kinds:
+        for what, some in (('seed 0', [0]), (f"seeds {', '.join(map(str, fresh))}", fresh)):
+            mean = pd.concat([asked(effects, kind, seed) for seed in some]).groupby(level=0).mean()
+            low, high = bootstrap_ratio(mean['response'].to_numpy(), mean['fingerprint_line'].to_numpy(), generator(0, 'seeds', kind, what))
+            print(f"{kind}, {what}: response {mean['response'].mean() / mean['fingerprint_line'].mean():.3f} [{low:.3f}, {high:.3f}] of the error of fingerprint_line (n = {len(mean)})", flush=True)
+
+
 if __name__ == '__main__':
     parser = argparse.ArgumentParser()
-    parser.add_argument('parts', nargs='*', default=['drugs', 'lines'], choices=['drugs', 'lines'])
+    parser.add_argument('parts', nargs='*', default=['drugs', 'lines'], choices=['drugs', 'lines', 'seeds'])
     parser.add_argument('--folder', type=Path, default=FOLDER)
     parser.add_argument('--folds', type=int, default=5)
     parser.add_argument('--epochs', type=int, default=30)
+    parser.add_argument('--effects', type=Path, default=project_root()/'data/processed/sim_drugs/effects.h5ad')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2, 3])
+    parser.add_argument('--kinds', nargs='+', default=KINDS, choices=KINDS)
     given = parser.parse_args()
-    for part in given.parts: globals()[part](given.folder, given.folds, epochs=given.epochs)
+    for part in given.parts:
+        if part == 'seeds': seeds(ad.read_h5ad(given.effects), given.kinds, given.seeds)
+        else: globals()[part](given.folder, given.folds, epochs=given.epochs)

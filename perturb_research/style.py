@@ -59,7 +59,7 @@ def nothing(ax, text):
 # %% ../nbs/00a_style.ipynb #00000011
 STRATA = {'combo_seen2': PALETTE['blue'], 'combo_seen1': PALETTE['sky'], 'combo_seen0': PALETTE['purple'], 'single_unseen': PALETTE['orange'],
           'drug_unseen': PALETTE['orange'], 'context_unseen': PALETTE['green'], 'replicate': PALETTE['black'], 'scaffold_unseen': PALETTE['vermilion'],
-          'target_unseen': PALETTE['purple'], 'mechanism_unseen': PALETTE['sky'], 'pair_unseen': PALETTE['yellow'], 'dose_unseen': PALETTE['blue'], 'time_unseen': '#7a4a00'}
+          'target_unseen': PALETTE['purple'], 'mechanism_unseen': PALETTE['sky'], 'pair_unseen': PALETTE['yellow'], 'dose_unseen': PALETTE['blue'], 'time_unseen': '#7a4a00', 'both_unseen': '#7a4a00'}
 
 # %% ../nbs/00a_style.ipynb #00000013
 KINDS = {  # how a model works: names, or beginnings of names

@@ -52,8 +52,8 @@ def drugs(contexts=5):
 
 
 GENETIC, CHEMICAL = genes(), drugs()
-CASES = [(GENETIC, k) for k in ("perturbation", "combination", "doubles", "context", "leave_context_out", "pairs", "kfold", "replicate")]
-CASES += [(CHEMICAL, k) for k in ("perturbation", "context", "leave_context_out", "pairs", "scaffold", "target", "mechanism", "dose", "kfold")]
+CASES = [(GENETIC, k) for k in ("perturbation", "combination", "doubles", "context", "leave_context_out", "pairs", "both", "kfold", "replicate")]
+CASES += [(CHEMICAL, k) for k in ("perturbation", "context", "leave_context_out", "pairs", "both", "scaffold", "target", "mechanism", "dose", "kfold")]
 
 
 def obs_of(effects, split, part): return effects.obs.loc[split.ids[part]]
@@ -127,6 +127,24 @@ def test_pairs_leave_every_perturbation_and_context_in_training():
         assert len(keys(obs_of(effects, split, "test"), "perturbation", "context")) == round(.2 * n)
     lonely = effects_of(pd.DataFrame(dict(perturbation=list("ABC"), perturbation_type="drug", context=list("xyz"))))
     assert make_split(lonely, "pairs") == "0 pairs of context and perturbation have both halves elsewhere (5 needed)"
+
+
+def test_both_asks_for_new_perturbations_in_new_contexts_alone():
+    for effects in (GENETIC, CHEMICAL):
+        for seed in range(3):
+            split = make_split(effects, "both", seed)
+            train, test, val = (obs_of(effects, split, part) for part in ("train", "test", "val"))
+            assert not keys(train, "perturbation") & keys(test, "perturbation") and not keys(train, "context") & keys(test, "context")
+            assert not keys(train, "perturbation") & keys(val, "perturbation") and not keys(train, "context") & keys(val, "context")
+            assert set(split.strata.values()) == {"both_unseen"} and len(split.options) == 0
+            assert split.ids["test"] == sorted(c for c in make_split(effects, "perturbation", seed).ids["test"] if effects.obs.loc[c, "context"] in set(test["context"]))
+    assert keys(obs_of(CHEMICAL, make_split(CHEMICAL, "both"), "val"), "context")  # five lines: one validates
+    more = make_split(CHEMICAL, "both", fractions=(.5, 0))
+    assert len(keys(obs_of(CHEMICAL, more, "test"), "perturbation")) > len(keys(obs_of(CHEMICAL, make_split(CHEMICAL, "both"), "test"), "perturbation"))
+    one = CHEMICAL[CHEMICAL.obs["context"] == "line0"].copy()
+    assert make_split(one, "both") == "no two contexts share a perturbation"
+    few = CHEMICAL[CHEMICAL.obs["perturbation"].isin(["drug 1", "drug 2"])].copy()
+    assert make_split(few, "both") == "2 perturbations are too few to hold any out (5 needed)"
 
 
 def test_no_scaffold_stands_on_both_sides():

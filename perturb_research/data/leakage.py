@@ -155,7 +155,7 @@ def condition_overlap(of):
     return found('leak', hit, f'{hit.sum()} of {len(hit)} test conditions stand in training or validation', asked.index[hit])
 
 # %% ../../nbs/05b_data.leakage.ipynb #00000022
-NEW = {**{f'{what}_unseen': ('perturbation_type',) for what in ('single', 'drug', 'scaffold', 'target', 'mechanism')}, 'context_unseen': ('context',),
+NEW = {**{f'{what}_unseen': ('perturbation_type',) for what in ('single', 'drug', 'scaffold', 'target', 'mechanism', 'both')}, 'context_unseen': ('context',),
        'pair_unseen': ('perturbation_type', 'context'), 'dose_unseen': ('perturbation_type', 'context', 'dose'), 'time_unseen': WHOLE}
 
 def not_new(of, name):
@@ -164,6 +164,7 @@ def not_new(of, name):
     for stratum, columns in NEW.items():
         mine = of.labels == stratum
         if mine.any(): hit[mine] = _among(asked[mine], train, columns if stratum == 'context_unseen' else (name, *columns))
+    if (both := of.labels == 'both_unseen').any(): hit[both] |= _among(asked[both], train, ('context',))
     in_combos = {(p, t) for who, t in zip(train['who'], train['perturbation_type']) for p in parts(who, t)}
     return hit | (of.labels == 'single_unseen') & np.array([pair in in_combos for pair in zip(asked['who'], asked['perturbation_type'])])
 
@@ -220,7 +221,7 @@ def same_drug(of):
             'hold out whole scaffolds (a scaffold split), or say that unseen drugs have relatives in training')
 def same_scaffold(of):
     asked, train = of.of('test'), of.of('train')
-    new = np.isin(of.labels, ['drug_unseen', 'scaffold_unseen', 'target_unseen', 'mechanism_unseen']) & (asked['scaffold'] != '').to_numpy()
+    new = np.isin(of.labels, ['drug_unseen', 'scaffold_unseen', 'target_unseen', 'mechanism_unseen', 'both_unseen']) & (asked['scaffold'] != '').to_numpy()
     if not new.any(): return 'no drug with a ring system is called unseen' if (of.names['scaffold'] != '').any() else 'no structures'
     claimed = new & (of.labels == 'scaffold_unseen') | (of.split.kind == 'scaffold')
     hit = new & _among(asked, train, ('scaffold',))

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['BROKEN', 'ENDS', 'SIGNS', 'INHIBITS', 'SHELVES', 'USUAL', 'read_sets', 'read_edges', 'read_features', 'write_graph',
-           'read_graph', 'matched', 'perturbed_genes', 'hit_by', 'Priors', 'directed', 'kind_of', 'gather',
-           'write_priors', 'read_priors', 'load_priors', 'source_files', 'gene_effects', 'with_null', 'mantel',
-           'targets_move']
+           'read_graph', 'matched', 'perturbed_genes', 'Priors', 'directed', 'kind_of', 'gather', 'write_priors',
+           'read_priors', 'load_priors', 'source_files', 'gene_effects', 'with_null', 'mantel', 'targets_move']
 
 # %% ../../nbs/05c_data.priors.ipynb #00000003
 import re
@@ -25,7 +24,8 @@ from scipy import sparse
 from ..core import Problem
 from .chembl import locate
 from .download import Patience, fetch, manifest
-from .labels import parts_of, plain
+from .labels import plain
+from .splits import target_genes
 from ..launch import EMBEDDED, public
 
 # %% ../../nbs/05c_data.priors.ipynb #00000006
@@ -156,13 +156,7 @@ def matched(names, genes):
 
 def perturbed_genes(obs):
     "Names of the genes that the conditions `obs` perturb, sorted; of drugs their targets, where column `targets` lists them."
-    return sorted({gene for mine in hit_by(obs) for gene in mine})
-
-def hit_by(obs):
-    "A list of perturbed genes for each row of `obs`: its parts, or a drug's `targets` (with ; between)."
-    listed = obs['targets'].astype(object) if 'targets' in obs else pd.Series(None, obs.index, dtype=object)
-    targets = [[t.strip() for t in text.split(';') if t.strip()] if isinstance(text, str) else [] for text in listed]
-    return [mine if kind != 'drug' else hit for mine, kind, hit in zip(parts_of(obs), obs['perturbation_type'].astype(str), targets)]
+    return sorted({gene for mine in target_genes(obs) for gene in mine})
 
 # %% ../../nbs/05c_data.priors.ipynb #00000023
 @dataclass(frozen=True)
@@ -389,7 +383,7 @@ def source_files(text, dataset, raw, cache):
 # %% ../../nbs/05c_data.priors.ipynb #00000041
 def gene_effects(effects):
     "DataFrame (perturbed genes, genes read out): mean effect of the conditions that hit this one gene, less the mean over genes."
-    hits = hit_by(effects.obs)
+    hits = target_genes(effects.obs)
     alone = np.array([len(mine) == 1 for mine in hits], dtype=bool)
     table = pd.DataFrame(np.asarray(effects.X[alone], dtype=float), [mine[0] for mine in hits if len(mine) == 1], effects.var_names)
     table = table[np.isfinite(table).all(axis=1)].groupby(level=0).mean()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'N_GENES', 'FRACTIONS', 'USUAL', 'KINDS', 'SCHEMA', 'strata', 'split_name', 'Split', 'check_kind',
-           'split_options', 'make_split', 'finished_split', 'checked_split', 'freeze', 'load_split', 'frozen',
-           'split_folder', 'load_splits']
+           'split_options', 'entries_of', 'target_genes', 'make_split', 'finished_split', 'checked_split', 'freeze',
+           'load_split', 'frozen', 'split_folder', 'load_splits']
 
 # %% ../../nbs/05_data.splits.ipynb #00000003
 import difflib
@@ -140,11 +140,11 @@ def val_cells(self:Split, cells, effects):
     return self._cells(cells, effects, 'val')
 
 # %% ../../nbs/05_data.splits.ipynb #00000016
-FRACTIONS = {'perturbation': (.2, 0.), 'combination': (.2, .25), 'doubles': (0., .5), 'context': (.25, 0.), 'pairs': (.2, 0.),
+FRACTIONS = {'perturbation': (.2, 0.), 'combination': (.2, .25), 'doubles': (0., .5), 'context': (.25, 0.), 'pairs': (.2, 0.), 'both': (.2, 0.),
              'scaffold': (.2, 0.), 'target': (.2, 0.), 'mechanism': (.2, 0.), 'dose': (1., 0.)}  # kind: (units, combinations) held out
 USUAL = dict(fractions=None, stratify='', folds=5, test=[], val=[], min_cells=0)  # options of a draw
 KINDS = {  # kind: the options that it knows
-    **dict.fromkeys(('perturbation', 'combination', 'doubles', 'pairs', 'scaffold', 'target', 'mechanism'), 'fractions stratify'),
+    **dict.fromkeys(('perturbation', 'combination', 'doubles', 'pairs', 'both', 'scaffold', 'target', 'mechanism'), 'fractions stratify'),
     'context': 'fractions', 'leave_context_out': '', 'dose': 'fractions', 'kfold': 'folds stratify', 'replicate': '', 'listed': 'test val'}
 
 def check_kind(kind):
@@ -272,12 +272,30 @@ def _pair_ids(conditions, share, rng, value=None):
     return {p: [c for c, key in zip(conditions.index, keys) if part.get(key, 'train') == p] for p in PARTS}
 
 # %% ../../nbs/05_data.splits.ipynb #00000030
+def _both_ids(conditions, seed, fractions, value=None):
+    "Train, val and test ids of a split that holds out perturbations and contexts together, or the reason why there is none."
+    new = _perturbation_ids(conditions, fractions, generator(seed, 'split', 'perturbation'), value)
+    where = _context_ids(conditions, generator(seed, 'split', 'context'))
+    for reason in (new, where):
+        if isinstance(reason, str): return reason
+    context = conditions['context'].astype(str)
+    own = {part: set(context[ids]) for part, ids in where.items()}
+    return {part: [c for c in new[part] if context[c] in own[part]] for part in PARTS}
+
+# %% ../../nbs/05_data.splits.ipynb #00000032
 _NOTHING = MISSING | {'none', 'unknown', 'unclear'}
 
-def _listed_in(column, signs):
-    "The entries of each text in `column`, split at any of `signs`, as frozen sets; None where there are none."
-    entries = lambda text: frozenset(p.strip() for p in re.split(f'[{signs}]', text) if p.strip().casefold() not in _NOTHING) or None
-    return [entries(text) for text in column.astype(str)]
+def entries_of(column, signs=';,|'):
+    "The entries of each text in `column` (Series), split at any of `signs`, as sorted lists; empty where there are none."
+    texts = column.astype(object).where(column.notna(), '').astype(str)
+    found = {text: sorted({p.strip() for p in re.split(f'[{signs}]', text) if p.strip().casefold() not in _NOTHING}) for text in set(texts)}
+    return [found[text] for text in texts]
+
+def target_genes(conditions):
+    "The genes that each row of `conditions` hits: of drugs and stimuli those in the column targets ('A;B'), of others those in their name; an empty list where unknown."
+    told = entries_of(conditions['targets']) if 'targets' in conditions else [[]] * len(conditions)
+    return [targets if kind in ('drug', 'stimulus') else genes
+            for kind, targets, genes in zip(conditions['perturbation_type'].astype(str), told, parts_of(conditions))]
 
 def _scaffolds(smiles):
     "The scaffold of each SMILES as a frozen set; of a molecule without a ring its InChIKey; None where it cannot be read."
@@ -291,11 +309,11 @@ def _units(kind, conditions):
     "What `kind` (scaffold, target, mechanism) groups each condition by: a dict id -> frozen set, empty if it has no such thing, None if it is unknown."
     column = {'scaffold': 'smiles', 'target': 'targets', 'mechanism': 'mechanism'}[kind]
     texts = conditions.get(column, pd.Series('', conditions.index))
-    found = _scaffolds(texts) if kind == 'scaffold' else _listed_in(texts, ';|,' if kind == 'target' else ';|')
+    found = _scaffolds(texts) if kind == 'scaffold' else [frozenset(mine) or None for mine in entries_of(texts, ';,|' if kind == 'target' else ';|')]
     return {c: units if a_drug else frozenset(genes if kind == 'target' else ())
             for c, units, a_drug, genes in zip(conditions.index, found, _is_drug(conditions), parts_of(conditions))}
 
-# %% ../../nbs/05_data.splits.ipynb #00000033
+# %% ../../nbs/05_data.splits.ipynb #00000035
 def _touched(known, drug, share, rng, value=None):
     "Ids of all conditions of up to a `share` of the drugs, whole units at a time; `known`: id -> units, `drug`: id -> perturbation."
     members = {}
@@ -325,7 +343,7 @@ def _unit_strata(kind, train, asked):
     seen = {u for mine in _units(kind, train).values() if mine for u in mine}
     return strata(train, asked) | {c: f'{kind}_unseen' for c, mine in _units(kind, asked).items() if mine and not mine & seen}
 
-# %% ../../nbs/05_data.splits.ipynb #00000035
+# %% ../../nbs/05_data.splits.ipynb #00000037
 def _top_doses(conditions, share, rng):
     "`(asked, gone)`: ids at the highest dose of a `share` of the drugs with two doses, with a lower one beside them and without."
     drug = ['perturbation', 'perturbation_type']
@@ -345,7 +363,7 @@ def _dose_ids(conditions, share, rng):
     val, also_gone = _top_doses(left, .1, rng)
     return {'train': [c for c in left.index if c not in val | also_gone], 'val': list(val), 'test': list(test)}
 
-# %% ../../nbs/05_data.splits.ipynb #00000037
+# %% ../../nbs/05_data.splits.ipynb #00000039
 def _fold_ids(conditions, seed, folds, value=None):
     "Train, val and test ids of one fold over perturbations, or the reason why there is none."
     named = _named(conditions)
@@ -358,7 +376,7 @@ def _fold_ids(conditions, seed, folds, value=None):
     part_of = lambda mine: 'test' if test & set(mine) else 'val' if val & set(mine) else 'train'
     return {part: [c for c, mine in named.items() if part_of(mine) == part] for part in PARTS}
 
-# %% ../../nbs/05_data.splits.ipynb #00000039
+# %% ../../nbs/05_data.splits.ipynb #00000041
 def _replicate_ids(effects):
     "Train, val and test ids of a replicate split, or the reason why there is none."
     if not {'half1', 'half2'} <= set(effects.layers): return 'the screen has no half-splits of its cells'
@@ -379,7 +397,7 @@ def _listed_ids(conditions, test, val):
     if not asked['test']: raise Problem("listed split: nothing to ask for; name conditions, perturbations or contexts for test")
     return {part: sorted(ids) for part, ids in asked.items()} | {'train': [c for c in conditions.index if c not in asked['test'] | asked['val']]}
 
-# %% ../../nbs/05_data.splits.ipynb #00000041
+# %% ../../nbs/05_data.splits.ipynb #00000043
 def _ids(effects, kind, seed, fractions, options):
     "Train, val and test ids of a split, or the reason why there is none."
     conditions, rng, o = effects.obs.sort_index(), generator(seed, 'split', kind), USUAL | options
@@ -388,13 +406,14 @@ def _ids(effects, kind, seed, fractions, options):
     if kind == 'context': return _context_ids(conditions, rng, share)
     if kind == 'leave_context_out': return _context_ids(conditions, position=seed)
     if kind == 'pairs': return _pair_ids(conditions, share, rng, value)
+    if kind == 'both': return _both_ids(conditions, seed, fractions, value)
     if kind == 'dose': return _dose_ids(conditions, share, rng)
     if kind == 'kfold': return _fold_ids(conditions, seed, o['folds'], value)
     if kind == 'listed': return _listed_ids(conditions, o['test'], o['val'])
     if kind in ('scaffold', 'target', 'mechanism'): return _unit_ids(kind, conditions, share, rng, value)
     return _perturbation_ids(conditions, fractions, rng, value)
 
-# %% ../../nbs/05_data.splits.ipynb #00000042
+# %% ../../nbs/05_data.splits.ipynb #00000044
 def make_split(effects, kind, seed=0, n_genes=N_GENES, fractions=None, *, stratify='', folds=5, test=(), val=(), min_cells=0):
     """A `Split` of `effects` (AnnData, a row a condition), or a line that says why this kind has no meaning for it.
 
@@ -414,11 +433,11 @@ def finished_split(effects, kind, seed, ids, n_genes=N_GENES, options=()):
     ids = {part: sorted(ids[part]) for part in PARTS}
     if not ids['train'] or not ids['test']: return 'nothing would be left to train on or to ask for'
     train, asked = effects.obs.loc[ids['train']], effects.obs.loc[ids['test'] + ids['val']]
-    if kind == 'replicate': named = dict.fromkeys(asked.index, 'replicate')
+    if kind in ('replicate', 'both'): named = dict.fromkeys(asked.index, {'both': 'both_unseen'}.get(kind, kind))
     else: named = _unit_strata(kind, train, asked) if kind in ('scaffold', 'target', 'mechanism') else strata(train, asked)
     return Split(effects.uns['dataset_id'], kind, seed, ids, named, n_genes, dict(options))
 
-# %% ../../nbs/05_data.splits.ipynb #00000048
+# %% ../../nbs/05_data.splits.ipynb #00000050
 SCHEMA = 2  # 1: without options
 
 def _fault(content):
@@ -447,7 +466,7 @@ def checked_split(content, where):
     ids = {part: content[part] for part in PARTS}
     return Split(content['dataset_id'], content['kind'], content['seed'], ids, content['strata'], content['n_genes'], content.get('options', {}))
 
-# %% ../../nbs/05_data.splits.ipynb #00000049
+# %% ../../nbs/05_data.splits.ipynb #00000051
 def freeze(split, folder, dataset):
     "Write `split` under its hash and enter it in `index.json` as `<dataset>/<name>`; give its path."
     checked_split(split.content(), f'split {split.name}')
@@ -466,7 +485,7 @@ def load_split(path):
         raise Problem(f"{path.name}: its content has the hash {found}, its name says {path.stem}; it was edited: restore it, or delete it and run again: the same draw is made anew")
     return checked_split(content, path.name)
 
-# %% ../../nbs/05_data.splits.ipynb #00000052
+# %% ../../nbs/05_data.splits.ipynb #00000054
 def frozen(run, name, effects):
     "The path of the split frozen for this data set under `<dataset>/<name>` (see `split_name`), or None."
     committed = run.dataset in EMBEDDED and run.profile != 'small'
@@ -484,7 +503,7 @@ def split_folder(run):
     "Where this data set's splits are frozen: `data/splits` for the embedded screens, beside the results for others."
     return run.out/'data'/'splits' if run.dataset in EMBEDDED else run.results('splits')
 
-# %% ../../nbs/05_data.splits.ipynb #00000053
+# %% ../../nbs/05_data.splits.ipynb #00000055
 def load_splits(run, effects):
     "The splits of this run's data set, each checked against `effects`, in the order of notebook 05."
     listed = json.loads(run.read(run.results('splits.json')).read_text(encoding='utf-8'))

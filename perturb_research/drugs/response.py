@@ -17,7 +17,6 @@ from fastcore.basics import patch
 from scipy import linalg
 from torch import nn
 
-
 from ..core import Problem
 from ..models.baselines import (Model, best_penalty, leading, left_out, log_dose, names_of, register, spectrum, squared_distances,
                                                structure_similarity, structures)
