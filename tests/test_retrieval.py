@@ -11,8 +11,10 @@ from scipy.spatial.distance import cdist
 from scipy.stats import spearmanr
 
 from perturb_research.core import Problem
+from perturb_research.data.splits import target_genes
 from perturb_research.evaluate.retrieval import (DISTANCES, KS, MASKS, ask, by_candidate, candidate_genes, cell_votes, chance_scores, de_overlap, distances,
-                                                 genes_of, hidden_genes, incidence, popularity, pose, retrieval_scores, target_activation)
+                                                 graded_scores, hidden_genes, incidence, leading_axes, leftover, popularity, pose, retrieval_scores, target_activation,
+                                                 whitened)
 
 DATA = Path(__file__).parents[2]/'shared'/'data'
 
@@ -226,7 +228,7 @@ def test_a_candidate_is_as_near_as_its_nearest_dose():
 
 def test_relatives_of_drugs_share_a_target_where_one_is_known():
     obs = table(['a+b', 'c', 'd', 'e'], 'drug', targets=['KIT;ABL1', 'ABL1', '', np.nan])
-    assert genes_of(obs) == [['KIT', 'ABL1'], ['ABL1'], [], []]
+    assert target_genes(obs) == [['ABL1', 'KIT'], ['ABL1'], [], []]
     question = pose(ad.AnnData(np.ones((4, 2)), obs), candidate_genes(obs))
     assert question.relevant.tolist() == [[True, True, False, False], [True, True, False, False], [False] * 4, [False] * 4]
     got = retrieval_scores(np.ones((4, 4)), question.exact, question.relevant)
@@ -316,3 +318,69 @@ def test_additive_gallery_names_doubles_as_often_as_published_numbers_say(path, 
     got = retrieval_scores(ask(question, gallery), question.exact, question.relevant).mean()
     assert len(candidates) == n
     np.testing.assert_allclose(got[['exact@1', 'exact@8', 'relevant@1', 'mrr']], want, atol=.02)
+
+
+# other metrics, other counts, other bad input
+
+@pytest.mark.parametrize('mask', MASKS)
+def test_a_metric_is_the_explicit_cosine(mask):
+    names = list('ABCDEF')
+    queries, gallery = rng(3).normal(size=(4, 12)), rng(4).normal(size=(7, 12))
+    hidden = hidden_genes(mask, [['A'], ['B', 'C'], ['D'], []], [['A'], ['B'], ['C'], ['D']], [*names, *(f'g{i}' for i in range(6))])
+    left = rng(5).normal(size=(40, 12)) @ rng(6).normal(size=(12, 12))
+    for metric, P in ((whitened(left), None), (leading_axes(left, 3), None)):
+        P = metric.rest * np.eye(12) + (metric.V * metric.weight) @ metric.V.T
+        got = distances(queries, gallery, metric, hidden)
+        for i, q in enumerate(queries):
+            gone = hidden if hidden.ndim == 1 else hidden[i]
+            q0, c0 = np.where(gone, 0, q), np.where(gone, 0, gallery)
+            np.testing.assert_allclose(got[i], 1 - (c0 @ P @ q0) / np.sqrt(np.einsum('cg,gh,ch->c', c0, P, c0) * (q0 @ P @ q0)), atol=1e-9)
+    assert (distances(np.zeros((1, 12)), gallery, whitened(left)) == 1).all()
+
+
+def test_whitening_is_learnt_from_training_alone_and_finds_what_the_gallery_missed():
+    names = [f'{a}+{b}' for a, b in combinations('ABCDEFGH', 2)]
+    known = ad.AnnData(rng(1).normal(size=(28, 15)), table(names))
+    known.obs_names = names
+    gallery = known.copy()
+    gallery.X = known.X - rng(2).normal(size=(28, 15))
+    np.testing.assert_allclose(leftover(known, gallery), known.X - gallery.X)
+    np.testing.assert_allclose(leftover(known, gallery[:, :].copy()[5:]), (known.X - gallery.X)[5:])
+    np.testing.assert_allclose(leftover(known), known.X - known.X.mean(0))
+    np.testing.assert_allclose(leftover(known, known), known.X - known.X.mean(0))  # nothing is left over
+
+
+def test_graded_and_gene_scores():
+    names = {'A': ['A'], 'A+B': ['A', 'B'], 'B+C': ['B', 'C'], 'D': ['D']}
+    holds = incidence(list(names.values()), list('ABCD'))
+    exact, relevant = np.array([[False, True, False, False]]), np.array([[True, True, True, False]])
+    best = graded_scores(np.array([[.2, .1, .3, .9]]), exact, relevant, holds, (1, 2, 3)).iloc[0]
+    assert best['ndcg@10'] == pytest.approx(1) and best['map'] == 1
+    assert [best[f'gene_recall@{k}'] for k in (1, 2, 3)] == [.5, 1, 1]  # A and B tie at the front: one of them is first
+    blind = graded_scores(np.zeros((1, 4)), exact, relevant, holds, (1, 2, 4)).iloc[0]
+    assert [blind[f'gene_recall@{k}'] for k in (1, 2, 4)] == [.25, .5, 1]
+    nameless = graded_scores(np.zeros((1, 2)), np.array([[True, False]]), np.zeros((1, 2), dtype=bool), np.zeros((2, 0), dtype=bool))
+    assert nameless['map'].isna().all() and 'gene_recall@1' not in nameless
+
+
+def test_k_above_the_number_of_candidates_holds_everything():
+    scores = retrieval_scores(np.array([[.1, .2, .3]]), np.array([[False, False, True]]), np.array([[False, False, True]]), (3, 20))
+    assert (scores[['exact@3', 'exact@20', 'relevant@20']] == 1).all(axis=None)
+
+
+def test_combinations_of_three_genes_are_asked_for_like_others():
+    known = table(['A', 'B', 'C', 'A+B+C'])
+    candidates = candidate_genes(known, pairs=True)
+    assert candidates['A+B+C'] == ['A', 'B', 'C'] and len(candidates) == 7
+    question = pose(ad.AnnData(np.ones((1, 3)), known[3:]), candidates)
+    assert question.relevant[0].all() and question.exact.sum() == 1
+
+
+def test_a_control_is_no_query():
+    with pytest.raises(Problem, match="query '0|control': is a control"):
+        pose(ad.AnnData(np.ones((1, 3)), table(['control'])), {'A': ['A'], 'B': ['B']})
+
+
+def test_a_combination_named_twice_is_refused():
+    with pytest.raises(Problem, match="candidates: 'A\\+B' and 'B\\+A' are one combination"):
+        pose(ad.AnnData(np.ones((1, 3)), table(['A+B'])), {'A': ['A'], 'A+B': ['A', 'B'], 'B+A': ['A', 'B']})

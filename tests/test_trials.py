@@ -1,6 +1,7 @@
 "Trials: what models are asked, that nothing held out reaches them, seeds and ensembles, what is left behind after a kill, and figures with or without models."
 import importlib
 import json
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -12,7 +13,7 @@ from perturb_research.core import Run, effective
 from perturb_research.data.labels import condition_ids
 from perturb_research.data.splits import make_split
 from perturb_research.evaluate import trials
-from perturb_research.evaluate.trials import ORDER, hold_trial, save_error, save_predicted, save_training, score_table, summary, verdicts
+from perturb_research.evaluate.trials import ORDER, gallery_of, hold_trial, save_error, save_predicted, save_training, score_table, summary, verdicts
 from perturb_research.launch import ZOO
 from perturb_research.models.baselines import Mean, Model, NoChange, candidates
 
@@ -195,3 +196,12 @@ def test_seeds_and_splits_are_averaged_before_perturbations():
     bounds = table({"noise_free": [1., 1.]})
     assert summary(scores, "l2", "mean", bounds=bounds).query("model == 'noise_free'")["value"].item() == pytest.approx(1 / 3)
     assert "noise_free" not in set(summary(scores, "l2", "mean", bounds=bounds[:1].assign(condition="other"))["model"])
+
+
+def test_a_gallery_holds_unseen_genes_where_genes_are_held_out():
+    obs = pd.DataFrame({"perturbation": ["A", "B", "C", "A+B"], "perturbation_type": "CRISPRa", "context": "x", "dose": np.nan, "time_h": np.nan})
+    known = dict(train=obs[:2], val=obs[3:], test=obs[2:3])
+    asked = lambda kind, seed=0: gallery_of(SimpleNamespace(kind=kind, seed=seed), known, lambda rows: sorted(rows["perturbation"]))
+    assert asked("combination") == {"gallery": ["A", "A+B", "B", "C"]}
+    assert asked("doubles") == asked("replicate") == {"gallery": ["A", "B"]}
+    assert asked("context") == asked("combination", seed=1) == {}
