@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'ZOO', 'DRUGS', 'STEPS', 'FOREIGN', 'SUFFIXES', 'FOLDERS', 'project', 'readers', 'public', 'steps',
            'code_cells', 'modules_of', 'Refused', 'defaults', 'overrides', 'foreign', 'chosen', 'slug', 'resolve',
-           'claim', 'lock', 'export', 'forget_incomplete', 'failure', 'publish', 'figures', 'differences', 'verify',
-           'main']
+           'claim', 'lock', 'export', 'forget_incomplete', 'failure', 'publish', 'write_index', 'figures',
+           'differences', 'verify', 'main']
 
 # %% ../nbs/00b_launch.ipynb #00000004
 import argparse
@@ -51,8 +51,9 @@ STEPS = {  # notebook: the notebooks whose results it reads
     '13a_drugs.search': ('12_drugs.candidate', '13_drugs.response'),
     '13b_evaluate.foreign': ('05_data.splits', '08_models.baselines'),
     **dict.fromkeys(('14_evaluate.retrieval', '14a_evaluate.uncertainty'), ('08_models.baselines', *ZOO, '13b_evaluate.foreign')),
+    '14b_evaluate.causes': ('05c_data.priors', '12_drugs.candidate', '14_evaluate.retrieval'),
     '15_report': ('03_data.chembl', '04a_data.quality', '04b_data.imbalance', '05b_data.leakage', '05c_data.priors', '06d_evaluate.cell_panels', '06e_evaluate.adversaries',
-                  '07_evaluate.calibration', '08_models.baselines', *ZOO, *DRUGS, '13b_evaluate.foreign', '14_evaluate.retrieval', '14a_evaluate.uncertainty'),
+                  '07_evaluate.calibration', '08_models.baselines', *ZOO, *DRUGS, '13b_evaluate.foreign', '14_evaluate.retrieval', '14a_evaluate.uncertainty', '14b_evaluate.causes'),
 }
 
 # %% ../nbs/00b_launch.ipynb #00000008
@@ -286,13 +287,24 @@ def publish(out, dataset, tidy=True):
         if not (results/'done'/f'{step}.json').is_file(): continue
         finished.append(step)
         for file in sorted((results/'figures'/step).glob('[!.]*')): _put(file, Path(out, 'figures', dataset, file.name))
-    if (results/'report.html').is_file(): _put(results/'report.html', Path(out, 'runs', dataset, 'report.html'))
+    if (results/'report.html').is_file():
+        _put(results/'report.html', Path(out, 'runs', dataset, 'report.html'))
+        write_index(Path(out, 'runs'))
     if len(finished) < len(steps(dataset)) or not tidy: return
     made = {file.name for step in finished for file in (results/'figures'/step).glob('[!.]*')}
     for file in Path(out, 'figures', dataset).glob('[!.]*.*'):
         if file.name not in made: file.unlink()
 
-# %% ../nbs/00b_launch.ipynb #00000043
+# %% ../nbs/00b_launch.ipynb #00000042
+def write_index(runs):
+    "A page `index.html` in the folder `runs` with a link to the report of every data set there; their ids are slugs, which need no escaping."
+    names = sorted(p.parent.name for p in Path(runs).glob('*/report.html'))
+    links = '\n'.join(f'<li><a href="{n}/report.html">{n}</a></li>' for n in names)
+    written = Path(runs, '.index.html')
+    written.write_text(f'<!doctype html><meta charset="utf-8"><title>perturb_research</title><h1>Data sets</h1><ul>\n{links}\n</ul>\n', encoding='utf-8')
+    os.replace(written, Path(runs, 'index.html'))
+
+# %% ../nbs/00b_launch.ipynb #00000046
 def _snakemake(root, out, request, cores, meanwhile):
     "Bring every step of the request up to date, calling `meanwhile` every few seconds; True if all went well. Snakemake's own words go to `runs/snakemake.log`."
     config = Path(out, 'runs', '.request.json')
@@ -322,7 +334,7 @@ def figures(root, out, screens, profile, changes, cores, zoo=ZOO):
     failed = {f'{i}, {s}': failure(Path(out, 'runs', i, f'{s}.ipynb')) for i, _ in screens for s in steps(i, zoo) if not Path(out, 'data', 'results', i, 'done', f'{s}.json').is_file()}
     return [f'{where}: ' + '\n'.join(lines) for where, lines in failed.items() if lines] or Path(out, 'runs', 'snakemake.log').read_text().splitlines()[-15:]
 
-# %% ../nbs/00b_launch.ipynb #00000045
+# %% ../nbs/00b_launch.ipynb #00000048
 def _number(text):
     try: return float(text)
     except ValueError: return None
@@ -341,7 +353,7 @@ def differences(ours, theirs, rtol=1e-4):
             if not same: found.append(f'row {i + 1}, {a[0][j]}: {u} against {v}')
     return found
 
-# %% ../nbs/00b_launch.ipynb #00000047
+# %% ../nbs/00b_launch.ipynb #00000050
 def verify(root, cores):
     "Make the embedded screens' figures anew in a temporary folder and compare them with the committed ones; lines on what differs."
     with tempfile.TemporaryDirectory(prefix='perturb_research-verify-') as out:
@@ -355,9 +367,10 @@ def verify(root, cores):
                 print(f"{'differs' if found else 'agrees '}  figures/{dataset}/{name}" + (f'  {found[0]} ({len(found)} places)' if found else ''), flush=True)
                 wrong += [f'figures/{dataset}/{name}: {found[0]}'] if found else []
         handle.close()
+    print(f"{sum(w.startswith('figures/') for w in wrong)} tables differ" if wrong else 'all agree', flush=True)
     return wrong
 
-# %% ../nbs/00b_launch.ipynb #00000048
+# %% ../nbs/00b_launch.ipynb #00000051
 def main(arguments=None):
     "The command line behind the Makefile: `figures` or `verify`; 0 if all went well."
     parser = argparse.ArgumentParser(prog='perturb_research.launch')
@@ -371,7 +384,7 @@ def main(arguments=None):
     for line in wrong: print(line, file=sys.stderr)
     return int(bool(wrong))
 
-# %% ../nbs/00b_launch.ipynb #00000049
+# %% ../nbs/00b_launch.ipynb #00000052
 def _run(root, asked):
     "Carry out a parsed command line; lines on what went wrong."
     if asked.profile not in ('', 'small', 'default', 'full'): raise Refused(f"PROFILE={asked.profile}: expected small, default or full")
@@ -390,6 +403,6 @@ def _run(root, asked):
         print(f"{out}/figures/{ident}/ and {out}/runs/{ident}/report.html are up to date; what was taken for what: {out}/runs/{ident}/04_data.preprocess.ipynb")
     return wrong
 
-# %% ../nbs/00b_launch.ipynb #00000050
+# %% ../nbs/00b_launch.ipynb #00000053
 #| eval: false
 if __name__ == '__main__': sys.exit(main())
