@@ -1,11 +1,12 @@
 """Reverse retrieval: seconds at the size of Norman's full grid, and what is named on real screens.
 
-    python benchmarks/retrieval.py [sizes] [doubles] [papalexi]        default: sizes, and the others where their files are beside the project
+    python benchmarks/retrieval.py [sizes] [doubles] [inverse] [papalexi]        default: sizes, and the others where their files are beside the project
 
 `sizes`: 5,565 candidates x 130 queries x 2,000 genes under 3 masks by 4 distances, and 20,000 cells against 8,400 profiles; seconds and peak memory.
 `doubles`: the Norman and CaRPool effects, 4 random halves of the doubles held out (as in benchmarks/doubles.py), all singles and pairs of the screen's
 genes as candidates, and the 20 genes with most measured pairs; galleries of the additive model and of the Gaussian processes, by cosine and whitened by
 what each leaves unexplained of the training doubles. `half -> half`: trained on one half of the experiment, asked with the other.
+`inverse`: the same question, 2 halves, put to inverse models, which read the genes off the effect and predict none.
 `papalexi`: trained on two replicates, asked with the third; pseudobulk, cell vote and single cells by logistic regression.
 Differences to the additive gallery by cosine are paired; intervals: 95 % bootstrap over conditions, each averaged over its repeats.
 """
@@ -21,6 +22,7 @@ from sklearn.linear_model import LogisticRegression
 
 from perturb_research.core import generator
 from perturb_research.data.preprocess import log_normalise
+from perturb_research.drugs.candidate import FOR_GENES, INVERSE
 from perturb_research.evaluate.causes import densest
 from perturb_research.evaluate.retrieval import (MASKS, ask, candidate_genes, cell_votes, chance_scores, de_overlap, hidden_genes,
                                                  leading_axes, leftover, pose, retrieval_scores, whitened)
@@ -37,7 +39,7 @@ def table(names): return pd.DataFrame({'perturbation': names, 'perturbation_type
 def intervals(rows, by, reference, draws=2000):
     "Means of SHOWN by the columns `by`, exact@1 and mrr less those of the rows `reference` on the same queries with intervals."
     found = []
-    each = rows.groupby([*by, 'query'], sort=False)[SHOWN].mean()
+    each = rows.groupby([*by, 'query'])[SHOWN].mean()
     for key in dict.fromkeys(zip(*(rows[b] for b in by))):
         mine, base = each.loc[key], each.loc[reference(key)]
         gain = (mine - base).to_numpy()
@@ -81,6 +83,21 @@ def doubles(path, names=('additive', 'kernel', 'gp_average'), repeats=4):
     rows = pd.concat(found, ignore_index=True)
     print(f"\n{path.name}: {repeats} random halves of {len(pairs)} doubles; queries: {', '.join(f'{n} of {g} candidates' for g, n in rows.groupby('grid')['query'].nunique().items())}")
     print(intervals(rows, ['mode', 'grid', 'mask', 'model', 'by'], lambda key: (*key[:3], 'additive', 'cosine')).to_string())
+
+
+def inverse(path, names=('popularity', 'ridge', 'logistic', 'forest', 'boosting', 'dc'), repeats=2):
+    effects, rows = read(path), []
+    candidates = candidate_genes(effects.obs, pairs=True)
+    listed = pd.DataFrame({'targets': [';'.join(genes) for genes in candidates.values()], 'smiles': ''}, index=list(candidates))
+    for repeat, (train, held) in enumerate(halves(effects, repeats)):
+        known, question = effects[train].copy(), pose(effects[held], candidates)
+        for name in names:
+            start = time.process_time()
+            model = INVERSE[name](**FOR_GENES if name == 'dc' else {}).fit(known, rng=generator(repeat, name))
+            scores = retrieval_scores(model.rank(np.asarray(question.asked.X), listed), question.exact, question.relevant)
+            rows.append(scores.assign(model=name, seconds=time.process_time() - start))
+    print(f"\n{path.name}: inverse models, {repeats} random halves of the doubles, {len(candidates)} candidates; seconds of processor time")
+    print(pd.concat(rows).groupby('model', sort=False)[[*SHOWN, 'seconds']].mean().round(3).to_string())
 
 
 def papalexi(path):
@@ -171,8 +188,10 @@ def sizes(n_genes=2000, n_queries=130, n_cells=20000, n_profiles=8400):
 
 
 if __name__ == '__main__':
-    what = sys.argv[1:] or ['sizes', *(['doubles', 'papalexi'] if DATA.exists() else [])]
+    what = sys.argv[1:] or ['sizes', *(['doubles', 'inverse', 'papalexi'] if DATA.exists() else [])]
     if 'sizes' in what: sizes()
     if 'doubles' in what:
         for path in DEFAULT: doubles(path)
+    if 'inverse' in what:
+        for path in DEFAULT: inverse(path)
     if 'papalexi' in what: papalexi(DATA/'papalexi'/'papalexi_lowmoi.h5ad')
