@@ -296,3 +296,10 @@ def test_robust_fit_ignores_a_few_wild_genes():
 def test_precision_of_a_constant_is_chance():
     assert np.isclose(top_precision([5] * 10, range(10), 3), .3)
     assert top_precision(range(10), range(10), 3) == top_precision(range(10), range(10), 3, -1) == 1
+
+
+def test_a_sign_that_rounding_has_chosen_counts_half():
+    from perturb_research.evaluate.metrics import direction
+    truth = np.array([1., -1., 1., 1.])
+    assert direction(np.array([2., -1., 1e-16, -1e-16]), truth) == direction(np.array([2., -1., 0., 0.]), truth) == .75
+    assert direction(np.full(4, 1e-16), truth) == direction(np.ones(4), truth)  # small throughout is no rounding

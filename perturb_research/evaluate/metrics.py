@@ -69,8 +69,10 @@ def spearman(predicted, truth):
 
 # %% ../../nbs/06_evaluate.metrics.ipynb #00000016
 def direction(predicted, truth):
-    "Share of genes with a non-zero true effect whose sign is right, over the last axis; a predicted zero counts 1/2; 1/2 where no gene has an effect."
-    agreement, genes = np.vecdot(np.sign(predicted), np.sign(truth)), np.count_nonzero(truth, axis=-1)
+    "Share of genes with a non-zero true effect whose sign is right, over the last axis; a predicted zero, up to rounding, counts 1/2; 1/2 where no gene has an effect."
+    size = np.abs(predicted)
+    told = np.where(size > 1e-12 * size.max(axis=-1, keepdims=True, initial=0), np.sign(predicted), 0)  # a sign that rounding has chosen says nothing
+    agreement, genes = np.vecdot(told, np.sign(truth)), np.count_nonzero(truth, axis=-1)
     return .5 + .5 * np.divide(agreement, genes, out=np.zeros_like(agreement), where=genes > 0)
 
 # %% ../../nbs/06_evaluate.metrics.ipynb #00000019
