@@ -79,7 +79,7 @@ def doubles(path, names=('additive', 'kernel', 'gp_average'), repeats=4):
             found += search(known, asked, whole, galleries, grid=f'{len(whole)}', mode=mode)
             inside = asked[asked.obs['perturbation'].isin(small).to_numpy()].copy()
             near = {m: g[g.obs['perturbation'].isin(small).to_numpy()].copy() for m, g in galleries.items()}
-            if mode == 'all cells': found += [s for s in search(known, inside, small, near, grid=f'{len(small)}', mode=mode)]
+            if mode == 'all cells': found += search(known, inside, small, near, grid=f'{len(small)}', mode=mode)
     rows = pd.concat(found, ignore_index=True)
     print(f"\n{path.name}: {repeats} random halves of {len(pairs)} doubles; queries: {', '.join(f'{n} of {g} candidates' for g, n in rows.groupby('grid')['query'].nunique().items())}")
     print(intervals(rows, ['mode', 'grid', 'mask', 'model', 'by'], lambda key: (*key[:3], 'additive', 'cosine')).to_string())
@@ -116,8 +116,8 @@ def papalexi(path):
         query = ad.AnnData(np.array([mean(t, new) - mean(untreated, new) for t in targets]), table(targets), pd.DataFrame(index=genes))
         candidates = candidate_genes(known.obs)
         question = pose(query, candidates)
-        by_rep = ad.AnnData(np.concatenate([[mean(t, rep == r) - mean(untreated, rep == r) for t in targets] for r in sorted(set(rep) - {asked})]), table([f'{t}|{r}' for r in sorted(set(rep) - {asked}) for t in targets]))
-        noise = np.concatenate([by_rep.X[:len(targets)] - by_rep.X[len(targets):]]) / np.sqrt(2)
+        one, other = (np.array([mean(t, rep == r) - mean(untreated, rep == r) for t in targets]) for r in sorted(set(rep) - {asked}))
+        noise = (one - other) / np.sqrt(2)
         cells = X[new] - mean(untreated, new)
         centre = mean(untreated, old)
         for mask in MASKS:

@@ -377,7 +377,7 @@ def test_combinations_of_three_genes_are_asked_for_like_others():
 
 
 def test_a_control_is_no_query():
-    with pytest.raises(Problem, match="query '0|control': is a control"):
+    with pytest.raises(Problem, match="query '0[|]control': is a control"):
         pose(ad.AnnData(np.ones((1, 3)), table(['control'])), {'A': ['A'], 'B': ['B']})
 
 
