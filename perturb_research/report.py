@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORWARD', 'BESIDE', 'SPLITS', 'STRATA', 'FORMS', 'VIEWS', 'COMPARED', 'AGREEMENT', 'AROUND', 'NEEDS', 'against',
-           'forward_table', 'reverse_table', 'difference_table', 'p_text', 'reference_table', 'marked', 'split_words',
-           'stratum_words', 'metric_words', 'both_ways', 'paired', 'drawn', 'ranked', 'rank_agreement', 'with_interval',
-           'steadiness', 'dynamic_range', 'agreement_table', 'one_ranking', 'headline', 'name_points', 'settings_of',
-           'model_facts']
+           'forward_table', 'difference_table', 'p_text', 'reference_table', 'marked', 'split_words', 'stratum_words',
+           'metric_words', 'both_ways', 'paired', 'drawn', 'ranked', 'rank_agreement', 'with_interval', 'steadiness',
+           'dynamic_range', 'agreement_table', 'one_ranking', 'headline', 'name_points', 'settings_of', 'model_facts']
 
 # %% ../nbs/15_report.ipynb #00000003
 import json
@@ -21,7 +20,7 @@ from scipy.stats import rankdata
 
 from .core import generator
 from .evaluate.calibration import (
-    NAIVE, bootstrap_interval, calibrated, dynamic_range_fraction, hierarchical_bootstrap, paired_tests, per_perturbation, scaled)
+    NAIVE, calibrated, dynamic_range_fraction, hierarchical_bootstrap, paired_tests, per_perturbation, scaled)
 from .evaluate.metrics import METRICS
 from .style import kind_of
 
@@ -48,17 +47,7 @@ def forward_table(metrics, rng, draws=1000, reference='mean', suffix=''):
     columns = ['split', 'stratum', 'model', 'measure', 'value', 'low', 'high', 'n', 'seeds']
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 
-# %% ../nbs/15_report.ipynb #00000008
-def reverse_table(retrieval, rng, draws=1000, distance='cosine', measures=('exact@1', 'relevant@1', 'mrr')):
-    "Mean retrieval scores with intervals over perturbations, long: split, route, model, mask, measure, value, low, high, n; rows without a distance (chance) are kept."
-    part = retrieval[retrieval['metric'].isin(measures) & retrieval['distance'].isin([distance, ''])]
-    rows = []
-    for key, scores in part.groupby(['split', 'route', 'model', 'mask', 'metric'], observed=True, sort=False):
-        value = per_perturbation(scores.set_index('query')['value']).to_numpy()
-        rows.append((*key, value.mean(), *bootstrap_interval(value, rng, draws), len(value)))
-    return pd.DataFrame(rows, columns=['split', 'route', 'model', 'mask', 'measure', 'value', 'low', 'high', 'n'])
-
-# %% ../nbs/15_report.ipynb #00000010
+# %% ../nbs/15_report.ipynb #00000009
 def difference_table(scores, rng, draws=1000, alpha=.05, reference='mean', metrics=METRICS):
     """Every model against the best of `NAIVE`: split, stratum, measure, model, baseline, difference, difference_low, difference_high, p, p_adjusted, detectable.
 
@@ -85,7 +74,7 @@ def p_text(p):
     "A p-value for readers: '< 0.001', '0.012', or nothing where there is none."
     return '' if np.isnan(p) else '< 0.001' if p < .001 else f'{p:.3f}'
 
-# %% ../nbs/15_report.ipynb #00000013
+# %% ../nbs/15_report.ipynb #00000012
 BESIDE = ['null', 'no_change', 'ceiling', 'interpolated', 'noise_free', 'noise_free_both', 'scaled', 'drf', 'bds']
 
 def reference_table(scores, references):
@@ -101,7 +90,7 @@ def reference_table(scores, references):
     unit = np.where(table['metric'] == 'l2', table['null'], 1.)
     return table.assign(**{row: table[row] / unit for row in BESIDE[:6]})[columns]
 
-# %% ../nbs/15_report.ipynb #00000016
+# %% ../nbs/15_report.ipynb #00000015
 def marked(table, lower=('relative L2',)):
     """'best', 'close' (the best value lies in the row's interval) or '' for each row of a long `table`: split, stratum, truth, measure, model, value, low, high, n.
 
@@ -114,7 +103,7 @@ def marked(table, lower=('relative L2',)):
     there = gain.notna()
     return np.select([there & np.isclose(gain, best, rtol=1e-6), there & (table['low'] <= value) & (value <= table['high'])], ['best', 'close'], '')
 
-# %% ../nbs/15_report.ipynb #00000019
+# %% ../nbs/15_report.ipynb #00000018
 SPLITS = {'perturbation': 'perturbations', 'combination': 'combinations', 'context': 'contexts', 'replicate': 'replicates'}  # kinds that do not read well as they are
 STRATA = {'single_unseen': 'gene unseen', 'drug_unseen': 'drug unseen', 'scaffold_unseen': 'scaffold unseen', 'context_unseen': 'context unseen', 'both_unseen': 'drug and line unseen', 'replicate': 'other half',
           'combo_seen0': 'neither seen', 'combo_seen1': 'one seen', 'combo_seen2': 'both seen', 'reverse, mask none': 'reverse', 'reverse, mask all': 'targets hidden'}
@@ -130,7 +119,7 @@ def stratum_words(name):
     "'combo_seen1' -> 'one seen'; a name that is not known with spaces for underscores."
     return STRATA.get(str(name), str(name).replace('reverse, mask', 'reverse,').replace('_', ' '))
 
-# %% ../nbs/15_report.ipynb #00000022
+# %% ../nbs/15_report.ipynb #00000021
 FORMS = {'l2': 'L2', 'mae': 'MAE', 'cosine': 'cosine', 'pearson': 'Pearson r', 'spearman': 'Spearman ρ', 'direction': 'signs',
          'centroid_accuracy': 'centroid accuracy', 'beats_mean': 'nearer than the mean'}
 VIEWS = {'top20': ', 20 largest', 'top50': ', 50 largest', 'centred': ', centred'}
@@ -141,7 +130,7 @@ def metric_words(name):
     form, _, view = name.rpartition('_')
     return FORMS.get(form, form) + VIEWS[view] if view in VIEWS else FORMS.get(name, name.replace('_', ' '))
 
-# %% ../nbs/15_report.ipynb #00000025
+# %% ../nbs/15_report.ipynb #00000024
 def both_ways(folder, read=Path, distance='cosine', measure='mrr'):
     """`{split: (forward, reverse, references)}` of a data set's results in `folder`, doubles first; `read` is called on every file.
 
@@ -174,7 +163,7 @@ def paired(forward, reverse, metric, mask, suffix=''):
     if len(models) < 3: return None
     return per_perturbation(f[models]) * (1 if METRICS[metric].higher else -1), per_perturbation(r[models])
 
-# %% ../nbs/15_report.ipynb #00000028
+# %% ../nbs/15_report.ipynb #00000027
 def drawn(n, rng, draws):
     "Weights (1 + draws, n), each row summing to 1: the sample itself, then `n` drawn with replacement."
     return np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), size=draws)]) / n
@@ -194,7 +183,7 @@ def with_interval(rho):
     "(value, low, high) of `rho` (1 + draws,), the sample first."
     return (rho[0], *(np.nanquantile(rho[1:], [.025, .975]) if np.isfinite(rho[1:]).any() else (np.nan, np.nan)))
 
-# %% ../nbs/15_report.ipynb #00000030
+# %% ../nbs/15_report.ipynb #00000029
 def _ranks(pair, weights, left_out=''):
     "Ranks (draws, models) of both sides of `pair` (perturbations x models) under `weights`, without models of the kind `left_out`."
     models = [m for m in pair[0] if kind_of(m) != left_out]
@@ -216,7 +205,7 @@ def dynamic_range(references, metric):
     means = per_perturbation(references[metric][['mean', 'replicate']].dropna()).mean()
     return float(dynamic_range_fraction(means['mean'], means['replicate'], METRICS[metric].best))
 
-# %% ../nbs/15_report.ipynb #00000031
+# %% ../nbs/15_report.ipynb #00000030
 AGREEMENT = ['dataset', 'split', 'mask', 'metric', 'models', 'n_models', 'n', 'rho', 'low', 'high', 'kinds_low', 'kinds_high', 'steadiness', 'drf']
 
 def agreement_table(screens, masks, seed=0, draws=1000):
@@ -239,7 +228,7 @@ def agreement_table(screens, masks, seed=0, draws=1000):
                 rows.append(what | dict(models=models, n_models=sum(f.shape[-1] for f, _ in ranks)) | numbers | own)
     return pd.DataFrame(rows, columns=AGREEMENT)
 
-# %% ../nbs/15_report.ipynb #00000034
+# %% ../nbs/15_report.ipynb #00000033
 def one_ranking(screens, masks, seed=0, draws=1000):
     "Rank correlation over all models of all `screens` in one ranking, raw and scaled, against half 2: scale, mask, metric, n_models, rho, low, high; empty for one split."
     rows = []
@@ -259,7 +248,7 @@ def one_ranking(screens, masks, seed=0, draws=1000):
             if known.sum() > 2: rows.append((scale, mask, metric, known.sum(), *with_interval(rank_agreement([(ranked(f[:, known]), ranked(reverse[:, known]))]))))
     return pd.DataFrame(rows, columns=['scale', 'mask', 'metric', 'n_models', 'rho', 'low', 'high'])
 
-# %% ../nbs/15_report.ipynb #00000037
+# %% ../nbs/15_report.ipynb #00000036
 def headline(table, dataset, split):
     "Two sentences on `table` (of `agreement_table`): which metrics foretell the reverse score best and worst with nothing hidden, and what becomes of them with all perturbed genes hidden."
     part = table[(table['dataset'] == dataset) & (table['split'] == split) & (table['models'] == 'all')].dropna(subset=['rho'])
@@ -276,7 +265,7 @@ def headline(table, dataset, split):
         text += f" With the perturbed genes hidden, the same two reach {said(without.loc[best['metric']])} and {said(without.loc[worst['metric']])}."
     return text
 
-# %% ../nbs/15_report.ipynb #00000040
+# %% ../nbs/15_report.ipynb #00000039
 AROUND = [(far, dx, dy) for far in (4, 9, 15) for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))]  # points away, and in which direction
 
 def _label(ax, text, at, far, dx, dy, size, renderer):
@@ -309,7 +298,7 @@ def name_points(ax, points, names, size=5):
         else: continue
         taken.append((x0, y0, x1, y1))
 
-# %% ../nbs/15_report.ipynb #00000043
+# %% ../nbs/15_report.ipynb #00000042
 NEEDS = {'cells': 'single cells', 'graph': 'prior knowledge of genes'}
 
 def settings_of(file):

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['MASKS', 'DISTANCES', 'TINY', 'KS', 'SIGN', 'incidence', 'hidden_genes', 'Metric', 'distances', 'leftover', 'whitened',
            'leading_axes', 'by_candidate', 'retrieval_scores', 'chance_scores', 'graded_scores', 'candidate_genes',
-           'Question', 'pose', 'matched', 'ask', 'alike', 'read_galleries', 'de_overlap', 'target_activation',
-           'popularity', 'cell_votes']
+           'Question', 'pose', 'matched', 'ask', 'alike', 'questions', 'gallery_files', 'read_gallery', 'de_overlap',
+           'target_activation', 'popularity', 'way_scores', 'cell_votes']
 
 # %% ../../nbs/14_evaluate.retrieval.ipynb #00000003
+import warnings
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -21,6 +22,7 @@ from scipy.stats import rankdata
 from ..core import Problem
 from ..data.splits import target_genes
 from ..data.whitening import noise_whitening
+from .calibration import hierarchical_bootstrap, score_array
 from .ranking import expected_reciprocal_rank, hit_at, placement, ranking_scores
 
 # %% ../../nbs/14_evaluate.retrieval.ipynb #00000006
@@ -193,6 +195,9 @@ class Question:
     relevant: np.ndarray
     holds: np.ndarray
 
+    @property
+    def setting(self): return tuple(self.asked.obs[['context', 'perturbation_type']].astype(str).iloc[0])
+
 def pose(asked, candidates):
     "The `Question` that the rows of `asked` put to `candidates` (a dict name -> genes); a control is no query, and one combination no two candidates."
     if (control := (asked.obs['perturbation'].astype(str) == 'control').to_numpy()).any(): raise Problem(f"query {asked.obs_names[control][0]!r}: is a control, and has no cause; leave controls out")
@@ -230,14 +235,27 @@ def alike(table, context, kind):
     "The rows of `table` (AnnData) of one context and kind of perturbation."
     return table[((table.obs['context'].astype(str) == context) & (table.obs['perturbation_type'].astype(str) == kind)).to_numpy()]
 
-def read_galleries(run, split, seed=0):
-    "What models predicted for the candidates of `split`: a dict model -> AnnData, by name; refused if predicted for another split."
-    ending = f'.s{seed}.gallery.h5ad'
-    galleries = {p.name.removesuffix(ending): ad.read_h5ad(run.read(p)) for p in sorted(run.results(split.name).glob(f'*{ending}'))}
-    for model, gallery in galleries.items():
-        if gallery.uns['split'] != split.hash:
-            raise Problem(f"{split.name}/{model}{ending}: predicted for split {gallery.uns['split']}, not for {split.hash}; delete it or run its model again")
-    return galleries
+def questions(split, effects, asked=None):
+    """Each context's `(Question, training rows)`: its candidates are its perturbations and, unless a replicate is asked for, all its genes and their pairs.
+
+    `asked`: the queries (AnnData), all test rows of `split` unless given. A context with fewer than three candidates puts no question."""
+    known, asked = split.train(effects), split.test(effects) if asked is None else asked
+    for context, kind in sorted(set(zip(asked.obs['context'].astype(str), asked.obs['perturbation_type'].astype(str)))):
+        rows, pairs = alike(known, context, kind), split.kind != 'replicate'
+        candidates = candidate_genes(alike(effects, context, kind).obs if pairs else rows.obs, pairs)
+        if len(candidates) > 2: yield pose(alike(asked, context, kind), candidates), rows
+
+def gallery_files(run, split):
+    "Where models wrote what they predict for the candidates of `split`: a dict (model, seed) -> file, by name and seed."
+    ending = '.gallery.h5ad'
+    named = {f: f.name.removesuffix(ending).rpartition('.s') for f in run.results(split.name).glob(f'*.s*{ending}')}
+    return {(model, int(seed)): f for f, (model, _, seed) in sorted(named.items(), key=lambda item: (item[1][0], int(item[1][2])))}
+
+def read_gallery(run, split, file, context, kind):
+    "The rows of the gallery `file` of `split` of one context and kind of perturbation (AnnData); refused if it was predicted for another split."
+    gallery = ad.read_h5ad(run.read(file), backed='r')
+    if gallery.uns['split'] != split.hash: raise Problem(f"{split.name}/{file.name}: predicted for split {gallery.uns['split']}, not for {split.hash}; delete it or run its model again")
+    return alike(gallery, context, kind).to_memory()
 
 # %% ../../nbs/14_evaluate.retrieval.ipynb #00000035
 def _strongest(effects, top):
@@ -278,6 +296,19 @@ def popularity(question, known):
     return np.repeat(-(incidence(list(question.candidates.values()), genes) @ times)[None].astype(float), question.asked.n_obs, axis=0)
 
 # %% ../../nbs/14_evaluate.retrieval.ipynb #00000039
+def way_scores(scores, by, rng, draws=1000):
+    """Scores by way of searching, with 95 % intervals over perturbations and seeds: a row for each value of the columns `by` and metric, with value (mean), low, high, median, n (perturbations), seeds.
+
+    `scores`: long, with `by`, query, seed, metric, value."""
+    numbered = scores.assign(model=scores.groupby(list(by), observed=True).ngroup(), condition=scores['query'])
+    keys = scores.groupby(list(by), observed=True).size().index.to_frame(index=False)
+    table = hierarchical_bootstrap(numbered, rng, draws)
+    found = score_array(numbered)
+    with warnings.catch_warnings(action='ignore'): table['median'] = np.nanmedian(found.over_seeds(), axis=0).ravel()  # a metric that a way lacks has none
+    table = table[table['n'] > 0]
+    return keys.loc[table['model']].reset_index(drop=True).join(table.reset_index(drop=True)[['metric', 'value', 'low', 'high', 'median', 'n', 'seeds']])
+
+# %% ../../nbs/14_evaluate.retrieval.ipynb #00000042
 def cell_votes(effects, gallery, neighbours=5, hidden=None, block=2000):
     """Votes of cells (n, genes) for the rows of `gallery` (rows, genes), each for its `neighbours` nearest by cosine; rows that tie share a vote.
 
