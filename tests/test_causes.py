@@ -6,10 +6,10 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import run_here
+from conftest import SHARED as DATA, run_here
 
 from perturb_research.core import Problem
-from perturb_research.evaluate.causes import answer_sets, densest, hide_around, miss, nearness, neighbours
+from perturb_research.evaluate.causes import answer_sets, carries_driver, densest, driver_table, hide_around, miss, nearness, neighbours
 from perturb_research.evaluate.retrieval import incidence
 
 
@@ -118,6 +118,32 @@ def test_miss_and_nearness():
     K = np.array([[1, .2, .7], [.2, 1, 0], [.7, 0, 1]])
     assert nearness([([0], [1, 2])], K) == .7
     assert nearness([([0], [1])], K, np.array([0, 2, 1])) == .7  # who is who is shuffled
+
+
+# drivers of lines
+
+def test_a_driver_among_the_targets_counts_in_its_own_line_alone(tmp_path):
+    file = tmp_path/'lines.csv'
+    pd.DataFrame({'cell_name': ['HT-29', 'HT-29', 'A549', 'MCF7'], 'Driver_Gene_Symbol': ['BRAF', 'APC', 'KRAS', None]}).to_csv(file, index=False)
+    drivers = driver_table(file)
+    assert drivers == {'ht29': {'BRAF', 'APC'}, 'a549': {'KRAS'}, 'mcf7': set()}
+    targets = [['BRAF', 'RAF1'], ['KRAS'], ['KRAS'], ['KRAS'], ['KRAS'], []]
+    assert carries_driver(drivers, ['ht 29', 'HT29', 'A549', 'MCF-7', 'K562', 'A549'], targets).tolist() == ['driver among targets', 'no driver', 'driver among targets', 'no driver', '', 'no driver']
+
+
+def test_tahoe_lines_are_read_as_they_come():
+    file = DATA/'tahoe'/'cell_line_metadata.parquet'
+    if not file.is_file(): pytest.skip('the real screens are not here')
+    drivers = driver_table(file)
+    assert {'KRAS', 'CDKN2A'} <= drivers['a549'] and len(drivers) >= 50
+
+
+@pytest.mark.parametrize('content, said', [(None, 'lines: no file '), ('cell_name\nA549\n', "has no column 'Driver_Gene_Symbol'; expected a row a driver"), ('', 'cannot be read as .parquet or .csv')])
+def test_a_table_of_lines_that_is_none_is_one_line(tmp_path, content, said):
+    file = tmp_path/'lines.csv'
+    if content is not None: file.write_text(content)
+    with pytest.raises(Problem, match=re.escape(said)) as caught: driver_table(file)
+    assert '\n' not in str(caught.value)
 
 
 # the notebook

@@ -13,8 +13,8 @@ from scipy.stats import spearmanr
 from perturb_research.core import Problem
 from perturb_research.data.splits import target_genes
 from perturb_research.evaluate.retrieval import (DISTANCES, KS, MASKS, ask, by_candidate, candidate_genes, cell_votes, chance_scores, de_overlap, distances,
-                                                 graded_scores, hidden_genes, incidence, leading_axes, leftover, popularity, pose, retrieval_scores, target_activation,
-                                                 whitened)
+                                                 gallery_files, graded_scores, hidden_genes, incidence, leading_axes, leftover, popularity, pose, questions, read_gallery,
+                                                 retrieval_scores, target_activation, way_scores, whitened)
 
 DATA = Path(__file__).parents[2]/'shared'/'data'
 
@@ -384,3 +384,72 @@ def test_a_control_is_no_query():
 def test_a_combination_named_twice_is_refused():
     with pytest.raises(Problem, match="candidates: 'A\\+B' and 'B\\+A' are one combination"):
         pose(ad.AnnData(np.ones((1, 3)), table(['A+B'])), {'A': ['A'], 'A+B': ['A', 'B'], 'B+A': ['A', 'B']})
+
+
+# splits, files of galleries, seeds
+
+class Halves:
+    "A split of `screen()` in two contexts that holds out the pairs of A."
+    kind, name, hash = 'doubles', 'doubles.s0', 'abc'
+
+    def __init__(self): self.held = lambda effects: effects.obs['perturbation'].str.startswith('A+').to_numpy()
+    def train(self, effects): return effects[~self.held(effects)].copy()
+    def test(self, effects): return effects[self.held(effects)].copy()
+
+
+def two_contexts():
+    effects = ad.concat([screen(), screen(seed=1)[:3]], index_unique='-')
+    effects.obs['context'] = ['x'] * 15 + ['y'] * 3
+    return effects
+
+
+def test_each_context_puts_its_own_question():
+    effects, split = two_contexts(), Halves()
+    (question, rows), = questions(split, effects)  # in y nothing is held out
+    assert question.setting == ('x', 'CRISPRa') and len(question.candidates) == 15 and question.asked.n_obs == 4
+    assert set(rows.obs['context']) == {'x'} and not rows.obs['perturbation'].str.startswith('A+').any()
+    (question, _), = questions(split, effects, split.test(effects)[:2])
+    assert question.asked.n_obs == 2
+
+
+def test_galleries_are_found_by_model_and_seed_and_read_for_one_context(tmp_path):
+    class Run:
+        def results(self, *parts): return tmp_path.joinpath(*parts)
+        def read(self, path): return path
+    (tmp_path/'doubles.s0').mkdir()
+    table = two_contexts()
+    table.uns['split'] = 'abc'
+    for name in ('my.s1.model.s10', 'my.s1.model.s2', 'additive.s0'): table.write_h5ad(tmp_path/'doubles.s0'/f'{name}.gallery.h5ad')
+    (tmp_path/'doubles.s0'/'additive.s0.test.h5ad').write_bytes(b'')
+    files = gallery_files(Run(), Halves())
+    assert list(files) == [('additive', 0), ('my.s1.model', 2), ('my.s1.model', 10)]
+    found = read_gallery(Run(), Halves(), files['additive', 0], 'y', 'CRISPRa')
+    np.testing.assert_array_equal(found.X, table[15:].X)
+    other = Halves()
+    other.hash = 'else'
+    with pytest.raises(Problem, match='additive.s0.gallery.h5ad: predicted for split abc, not for else'): read_gallery(Run(), other, files['additive', 0], 'y', 'CRISPRa')
+
+
+def seeded(seeds, spread, n=40):
+    "Scores of `n` perturbations by `seeds` fits that differ by `spread`."
+    r, base = rng(3), rng(4).normal(size=n)
+    fits = spread * r.normal(size=seeds)
+    return pd.DataFrame([dict(route='predicted', model='m', query=f'P{i}|k|x', seed=s, metric='mrr', value=v + fits[s]) for i, v in enumerate(base) for s in range(seeds)])
+
+
+def test_seeds_widen_the_interval_of_a_model_that_depends_on_them():
+    width = lambda scores: float(np.diff(way_scores(scores, ('route', 'model'), rng(), 2000)[['low', 'high']].to_numpy()[0])[0])
+    same, other = seeded(6, 0.), seeded(6, 1.)
+    assert width(same) == pytest.approx(2 * 1.96 * same.groupby('query')['value'].first().std() / np.sqrt(40), rel=.1)
+    assert width(other) > 1.8 * width(same)
+    one = other[other['seed'] == 0]  # a single fit is taken as it is
+    assert width(one) == pytest.approx(width(same), rel=.1)
+
+
+def test_means_are_over_perturbations_and_chance_stands_beside():
+    scores = pd.concat([seeded(3, .5), pd.DataFrame([dict(route='chance', model='', query='P0|k|x', seed=0, metric='exact@1', value=.25)])])
+    table = way_scores(scores, ('route', 'model'), rng(), 50).set_index('route')
+    assert table.loc['predicted', ['n', 'seeds']].tolist() == [40, 3] and len(table) == 2
+    assert table.loc['predicted', 'value'] == pytest.approx(scores.loc[scores['metric'] == 'mrr', 'value'].mean())
+    assert table.loc['predicted', 'median'] == pytest.approx(scores[scores['metric'] == 'mrr'].groupby('query')['value'].mean().median())
+    assert table.loc['chance', ['metric', 'value']].tolist() == ['exact@1', .25]
