@@ -1,11 +1,13 @@
 """Reverse retrieval: seconds at the size of Norman's full grid, and what is named on real screens.
 
-    python benchmarks/retrieval.py [sizes] [doubles] [inverse] [papalexi]        default: sizes, and the others where their files are beside the project
+    python benchmarks/retrieval.py [sizes] [doubles] [variants] [inverse] [papalexi]        default: sizes, and the others where their files are beside the project
 
 `sizes`: 5,565 candidates x 130 queries x 2,000 genes under 3 masks by 4 distances, and 20,000 cells against 8,400 profiles; seconds and peak memory.
 `doubles`: the Norman and CaRPool effects, 4 random halves of the doubles held out (as in benchmarks/doubles.py), all singles and pairs of the screen's
 genes as candidates, and the 20 genes with most measured pairs; galleries of the additive model and of the Gaussian processes, by cosine and whitened by
 what each leaves unexplained of the training doubles. `half -> half`: trained on one half of the experiment, asked with the other.
+`variants`: what might name more, on 6 further halves of Norman: residuals of doubles left out, the length of the whitened difference in place of its angle,
+the mean of three galleries, and distances joined with the order of an inverse model.
 `inverse`: the same question, 2 halves, put to inverse models, which read the genes off the effect and predict none.
 `papalexi`: trained on two replicates, asked with the third; pseudobulk, cell vote and single cells by logistic regression.
 Differences to the additive gallery by cosine are paired; intervals: 95 % bootstrap over conditions, each averaged over its repeats.
@@ -83,6 +85,48 @@ def doubles(path, names=('additive', 'kernel', 'gp_average'), repeats=4):
     rows = pd.concat(found, ignore_index=True)
     print(f"\n{path.name}: {repeats} random halves of {len(pairs)} doubles; queries: {', '.join(f'{n} of {g} candidates' for g, n in rows.groupby('grid')['query'].nunique().items())}")
     print(intervals(rows, ['mode', 'grid', 'mask', 'model', 'by'], lambda key: (*key[:3], 'additive', 'cosine')).to_string())
+
+
+def mahalanobis(query, gallery, metric, hidden):
+    "Squared length of the whitened difference; hidden genes ((genes,)) count as unchanged."
+    query, gallery = np.where(hidden, 0, query), np.where(hidden, 0, gallery)
+    inner = lambda a, b: metric.rest * a @ b.T + (a @ metric.V * metric.weight) @ (b @ metric.V).T
+    square = lambda a: metric.rest * (a**2).sum(1) + (a @ metric.V)**2 @ metric.weight
+    return square(query)[:, None] + square(gallery) - 2 * inner(query, gallery)
+
+
+def left_out(known, name, rng, folds=5):
+    "What the model `name` leaves unexplained of the doubles of `known` that it was not trained on."
+    doubles, found = rng.permutation(np.flatnonzero(known.obs['perturbation'].str.contains('+', regex=False))), []
+    for fold in range(folds):
+        held = np.isin(np.arange(known.n_obs), doubles[fold::folds])
+        found.append(np.asarray(known[held].X) - MODELS[name]().fit(known[~held].copy()).predict(known.obs[held]))
+    return np.vstack(found)
+
+
+def variants(path, names=('kernel', 'gp_average', 'gp_joint'), first=4, repeats=10):
+    effects, rows = read(path), []
+    conditions, candidates = grid(effects.obs), candidate_genes(effects.obs, pairs=True)
+    listed = pd.DataFrame({'targets': [';'.join(genes) for genes in candidates.values()], 'smiles': ''}, index=list(candidates))
+    even = lambda d: (d - d.mean(1, keepdims=True)) / d.std(1, keepdims=True)
+    for repeat, (train, held) in list(enumerate(halves(effects, repeats)))[first:]:  # not those that the table of `doubles` is made of
+        known, question = effects[train].copy(), pose(effects[held], candidates)
+        known.layers.clear()
+        predicted = {m: np.asarray(MODELS[m]().fit(known).predict(conditions), dtype=float) for m in names}
+        predicted['mean of the three'] = np.mean(list(predicted.values()), axis=0)
+        galleries = {m: ad.AnnData(X, conditions, effects.var[[]]) for m, X in predicted.items()}
+        direct = np.asarray(INVERSE['ridge']().fit(known, rng=generator(repeat, 'ridge')).rank(np.asarray(question.asked.X), listed))
+        for mask in ('none', 'all'):
+            ways = {}
+            for m, gallery in galleries.items():
+                metric = whitened(leftover(known, gallery))
+                ways[m] = ask(question, gallery, metric, mask)
+                ways[f'{m}, length'] = ask(question, gallery, metric, mask, measure=mahalanobis)
+            for m in names[:2]: ways[f'{m}, residuals of doubles left out'] = ask(question, galleries[m], whitened(left_out(known, m, generator(repeat, 'folds'))), mask)
+            ways |= {f'gp_average and {share:g} ridge': even(ways['gp_average']) + share * even(direct) for share in (.1, .3, 1) if mask == 'none'}
+            rows += [retrieval_scores(d, question.exact, question.relevant).assign(way=way, mask=mask) for way, d in ways.items()]
+    print(f'\n{path.name}: variants of the whitened search, halves {first} to {repeats - 1}, {len(candidates)} candidates')
+    print(pd.concat(rows).groupby(['mask', 'way'], sort=False)[SHOWN].mean().round(3).to_string())
 
 
 def inverse(path, names=('popularity', 'ridge', 'logistic', 'forest', 'boosting', 'dc'), repeats=2):
@@ -188,10 +232,11 @@ def sizes(n_genes=2000, n_queries=130, n_cells=20000, n_profiles=8400):
 
 
 if __name__ == '__main__':
-    what = sys.argv[1:] or ['sizes', *(['doubles', 'inverse', 'papalexi'] if DATA.exists() else [])]
+    what = sys.argv[1:] or ['sizes', *(['doubles', 'variants', 'inverse', 'papalexi'] if DATA.exists() else [])]
     if 'sizes' in what: sizes()
     if 'doubles' in what:
         for path in DEFAULT: doubles(path)
+    if 'variants' in what: variants(DEFAULT[0])
     if 'inverse' in what:
         for path in DEFAULT: inverse(path)
     if 'papalexi' in what: papalexi(DATA/'papalexi'/'papalexi_lowmoi.h5ad')
