@@ -28,9 +28,9 @@ def use_style():
 
 # %% ../nbs/00a_style.ipynb #00000008
 PALETTE = {'blue': '#0072B2', 'orange': '#E69F00', 'green': '#009E73', 'vermilion': '#D55E00',
-           'purple': '#CC79A7', 'sky': '#56B4E9', 'yellow': '#F0E442', 'black': '#000000'}
+           'purple': '#CC79A7', 'sky': '#56B4E9', 'yellow': '#F0E442', 'black': '#000000', 'brown': '#7a4a00'}  # yellow for areas: on white no line of it is seen
 GREY = '#999999'  # what is not a result: chance, null, ceiling
-DIVERGING = mpl.colors.LinearSegmentedColormap.from_list('blue-orange', ['#01406b', PALETTE['blue'], '#f7f7f7', PALETTE['orange'], '#7a4a00'])
+DIVERGING = mpl.colors.LinearSegmentedColormap.from_list('blue-orange', ['#01406b', PALETTE['blue'], '#f7f7f7', PALETTE['orange'], PALETTE['brown']])
 
 def panels(rows=1, columns=1, width=2, height=None, **kwargs):
     "`(figure, axes)` in the project's style, `width` journal columns wide and `height` inches high (4:3 panels if None)."
@@ -59,14 +59,14 @@ def nothing(ax, text):
 # %% ../nbs/00a_style.ipynb #00000011
 STRATA = {'combo_seen2': PALETTE['blue'], 'combo_seen1': PALETTE['sky'], 'combo_seen0': PALETTE['purple'], 'single_unseen': PALETTE['orange'],
           'drug_unseen': PALETTE['orange'], 'context_unseen': PALETTE['green'], 'replicate': PALETTE['black'], 'scaffold_unseen': PALETTE['vermilion'],
-          'target_unseen': PALETTE['purple'], 'mechanism_unseen': PALETTE['sky'], 'pair_unseen': PALETTE['yellow'], 'dose_unseen': PALETTE['blue'], 'time_unseen': '#7a4a00', 'both_unseen': '#7a4a00'}
+          'target_unseen': PALETTE['purple'], 'mechanism_unseen': PALETTE['sky'], 'pair_unseen': PALETTE['yellow'], 'dose_unseen': PALETTE['blue'], 'time_unseen': PALETTE['brown'], 'both_unseen': PALETTE['brown']}
 
 # %% ../nbs/00a_style.ipynb #00000013
 KINDS = {  # how a model works: names, or beginnings of names
     'ignores what is asked': ('no_change', 'mean', 'context_mean'), 'arithmetic, linear': ('additive', 'scaled_additive', 'ridge', 'linear', 'latent_shift', 'nearest', 'drug_mean', 'line_drug'),
     'Gaussian processes': ('kernel', 'gp_', 'multi_kernel', 'fingerprint_line'), 'trees': ('random_forest', 'gradient_boosting'), 'graphs': ('probabilistic', 'graph_', 'cgio', 'gears'),
     'transformers': ('scgpt', 'response'), 'latent, transport': ('scgen', 'cpa', 'flow_matching', 'latent_additive'), 'all together': ('committee',)}
-KIND_COLOURS = dict(zip([*KINDS, 'other'], [GREY, *(PALETTE[c] for c in ('sky', 'blue', 'green', 'vermilion', 'purple', 'orange')), '#7a4a00', PALETTE['black']]))
+KIND_COLOURS = dict(zip([*KINDS, 'other'], [GREY, *(PALETTE[c] for c in ('sky', 'blue', 'green', 'vermilion', 'purple', 'orange', 'brown', 'black'))]))
 
 def kind_of(model):
     "How a model works, in words; 'other' for one from elsewhere."

@@ -663,3 +663,67 @@ def test_an_index_without_a_name_can_be_written_again(truth, tmp_path):
     screen = read_screen(csv(truth, tmp_path))
     assert screen.obs.index.name is None
     screen.write_h5ad(tmp_path / "again.h5ad")
+
+
+def drugs(**columns):
+    "What is said of a screen of DMSO, a, b, c and again a, whose other `columns` have these five values, and its names."
+    screen = cells(column="drug", targets=("DMSO", "a", "b", "c", "a"), dose=1.0)
+    which = np.resize(np.arange(5), screen.n_obs)
+    for name, values in columns.items(): screen.obs[name] = np.array(values, dtype=object)[which]
+    table, report = describe(screen)
+    return report["several_compounds"], set(table["perturbation"].astype(str)) - {"control"}
+
+
+def test_a_name_for_several_compounds_is_said_in_one_line():
+    ids = ["DMSO", "BRD-1", "BRD-2", "BRD-3", "BRD-4"]
+    same, other = ["", "CC", "CO", "CN", "CC"], ["", "CC", "CO", "CN", "CCC"]
+    line, names = drugs(sm_lincs_id=ids)  # nothing but the identifier tells
+    assert line == "1 of 3 names in 'drug' stand for several 'sm_lincs_id' and are read as one drug each, such as 'a' (BRD-1, BRD-4); SET='preprocess.perturbation=sm_lincs_id' takes 'sm_lincs_id' instead"
+    assert names == {"a", "b", "c"}
+    assert drugs(pert_id=ids, smiles=same)[0].startswith("1 of 3 names in 'drug' stand for several 'pert_id' and are read as one drug each")
+    line, names = drugs(pert_id=ids, smiles=other)
+    assert line == "1 of 3 names in 'drug' stand for several 'smiles' and are told apart by a number, as 'a #1'; SET='preprocess.perturbation=pert_id' takes 'pert_id' instead"
+    assert names == {"a #1", "a #2", "b", "c"}
+    line, names = drugs(smiles=other)  # no column to take instead
+    assert line.endswith("as 'a #1'") and len(names) == 4
+
+
+@pytest.mark.parametrize("column, values", [
+    ("drug_id", ["DMSO", "a_1nM", "b_1nM", "c_1nM", "a_10nM"]),           # adds a dose to the name
+    ("pert_id", ["DMSO", "BRD-1", "BRD-2", "BRD-3", "BRD-2"]),            # one identifier with two names speaks against neither
+    ("pert_id", ["DMSO", "BRD-1", "BRD-2", "BRD-3", "-666"]),             # missing, LINCS' way
+    ("pert_id", ["DMSO", "BRD-1", "BRD-2", "BRD-3", None]),
+    ("well", ["A1", "A2", "A3", "A4", "A5"]), ("sgrna", ["g0", "g1", "g2", "g3", "g4"]), ("plate", list("pqrst")), ("dose_value", [0., 1, 1, 1, 10])])
+def test_a_finer_column_that_identifies_no_compound_raises_no_alarm(column, values):
+    smiles = ["", "CC", "CO", "CN", "CC"]
+    assert drugs(smiles=smiles, **{column: values}) == ("", {"a", "b", "c"})
+
+
+@pytest.mark.parametrize("kind", ["trt_sh", "trt_xpr", "CRISPRi", "knockout"])
+def test_several_guides_of_a_gene_raise_no_alarm(kind):
+    screen = cells(column="pert_iname", targets=("NT", "KLF1", "AHR", "KLF1"), pert_type=kind)
+    screen.obs["pert_id"] = np.resize(["NT", "TRCN1", "TRCN2", "TRCN3"], screen.n_obs)
+    table, report = describe(screen)
+    assert report["several_compounds"] == "" and set(table["perturbation"]) == {"control", "KLF1", "AHR"}
+
+
+@needs_shared
+def test_names_of_l1000_that_stand_for_several_compounds():
+    screen = read_screen(SHARED / "l1000/l1000_ht115_355drugs.h5ad")
+    treated = screen.obs[screen.obs["pert_type"] == "trt_cp"]
+    ids = treated.groupby("pert_iname", observed=True)["pert_id"].nunique()
+    said = f"{(ids > 1).sum()} of {len(ids)} names in 'condition' stand for several"
+    line = describe(screen)[1]["several_compounds"]
+    assert line.startswith(said + " 'SMILES' and are told apart by a number") and line.endswith("SET='preprocess.perturbation=pert_id' takes 'pert_id' instead")
+    table, report = describe(screen, dict(perturbation="pert_id"))
+    assert report["several_compounds"] == "" and table.loc[~table["is_control"], "perturbation"].nunique() == treated["pert_id"].nunique()
+    names = screen.obs["pert_iname"].astype(str)
+    screen.obs = screen.obs.drop(columns="canonical_smiles").assign(SMILES=[f"{name} has one structure" for name in names])
+    assert describe(screen)[1]["several_compounds"].startswith(said + " 'pert_id' and are read as one drug each, such as 'curcumin' (BRD-")
+
+
+@needs_shared
+@pytest.mark.parametrize("file", ["norman/norman_effects", "carpool/carpool_effects", "norman/norman_mcfaline_cells", "papalexi/papalexi_lowmoi", "kang/kang_pbmc_ifnb"])
+def test_other_screens_raise_no_alarm(file):
+    screen = read_screen(SHARED / f"{file}.h5ad")
+    assert describe(screen)[1]["several_compounds"] == ""

@@ -284,6 +284,7 @@ def regression(self:Candidate, P, outcome):
     G = P.T @ P
     return np.linalg.solve(G + .1 * np.trace(G) / len(G) * np.eye(len(G)), P.T @ outcome)
 
+# %% ../../nbs/12_drugs.candidate.ipynb #00000028
 @patch
 def tokens(self:Candidate, X):
     "What the network reads of `X` (n, genes): signed magnitudes, log strength and coordinates, as tensors."
@@ -298,13 +299,13 @@ def read(self:Candidate, given, block=512):
     with torch.no_grad(): parts = [self.network.read(*(a[i:i + block] for a in given)) for i in range(0, len(given[0]), block)]
     return [torch.cat(part) for part in zip(*parts)]
 
+# %% ../../nbs/12_drugs.candidate.ipynb #00000030
 @patch
 def batches(self:Candidate, epoch, rng):
     "The telling rows, shuffled, each with a coin that says whether its drug is hidden."
     order, size = rng.permutation(len(self.rows)), 64
     return [(*(a[i] for a in self.given), self.tensor(self.rows[i]), self.tensor(rng.random(len(i)) < .5)) for i in np.split(order, range(size, len(order), size))]
 
-# %% ../../nbs/12_drugs.candidate.ipynb #00000027
 @patch
 def score(self:Candidate):
     "Target loss on the telling validation rows."
@@ -317,13 +318,14 @@ def score(self:Candidate):
     e, _, head = self.read(self.judged[0])
     return float(target_loss(self.network.log_odds(e, head)[0], self.judged[1], self.o.tail, self.network.weight, self.network.prior))
 
+# %% ../../nbs/12_drugs.candidate.ipynb #00000032
 @patch
 def odds(self:Candidate, query):
+    "Log-odds (q, targets) of the targets behind the effects `query` (q, genes)."
     with self.asking():
         e, _, head = self.read(self.tokens(query))
         return self.array(self.network.log_odds(e, head)[0])
 
-# %% ../../nbs/12_drugs.candidate.ipynb #00000028
 @patch
 def known(self:Candidate, candidates):
     "What is known of `candidates`: positions of the training drugs among them, targets, structures; parents are looked up once for the same table."
@@ -346,7 +348,7 @@ def rank(self:Candidate, query, candidates):
     anything = (self.array(measured) > -2).any(0) | C.any(1) | mine.any(1) & (missing == 0)
     return np.where(anything, -self.array(scores), np.inf)
 
-# %% ../../nbs/12_drugs.candidate.ipynb #00000030
+# %% ../../nbs/12_drugs.candidate.ipynb #00000034
 def lead(distance):
     "How much farther than the nearest candidate each one lies (q, n)."
     return distance - distance.min(1, keepdims=True)

@@ -447,6 +447,7 @@ class Definition:
     degenerate: str = 'NaN without cells'
     departure: str = 'none'
 
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000049
 _U = 'NaN under 2 cells'
 DEFINITIONS = {d.name: d for d in (
     Definition('energy.cell_eval', 'energy', 'genes', '2 mean|x - y| - mean|x - x\'| - mean|y - y\'|, all pairs',
@@ -458,7 +459,10 @@ DEFINITIONS = {d.name: d for d in (
                departure='another draw of the 2,000 cells'),
     Definition('energy.scperteval', 'energy', '50 PCs or top 50 genes', 'as energy.cell_eval, within terms over pairs of different cells',
                'scPertEval', dict(unbiased=True),
-               degenerate=_U, departure='scPertEval counts a single cell\'s within term as 0'),
+               degenerate=_U, departure='scPertEval counts a single cell\'s within term as 0'))}
+
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000051
+DEFINITIONS |= {d.name: d for d in (
     Definition('mmd.perturbench', 'mmd_energy', '256 PCs of the real test cells (code: 30)', 'energy distance / 2',
                'PerturBench (Wu et al. 2024), geomloss SamplesLoss("energy")',
                departure='geomloss counts the distance of a cell to itself as 1e-4'),
@@ -466,7 +470,10 @@ DEFINITIONS = {d.name: d for d in (
     Definition('mmd.scperteval', 'mmd_rbf', '50 PCs or top 50 genes', 'RBF, sigma = median distance of the pooled cells, pairs of different cells',
                'scPertEval', dict(gamma='median', unbiased=True), degenerate=_U + '; 0 if all cells are alike'),
     Definition('mmd.cellot', 'mmd_rbf', 'top 50 genes', 'RBF, mean over 50 gamma from 10 to 0.001, all pairs', 'CellOT (Bunne et al. 2023)',
-               dict(gamma=np.logspace(1, -3, 50), unbiased=False)),
+               dict(gamma=np.logspace(1, -3, 50), unbiased=False)))}
+
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000053
+DEFINITIONS |= {d.name: d for d in (
     Definition('wasserstein.pertpy', 'sinkhorn', '50 PCs or genes', 'entropic OT of |x - y|^2, epsilon = 0.05 sd of the costs',
                'pertpy 1.0.3 (ott 0.6)', dict(epsilon=.05),
                degenerate='NaN where it does not converge', departure='pertpy says 1 where it is not finite'),
@@ -482,7 +489,7 @@ DEFINITIONS = {d.name: d for d in (
                'scPerturBench', dict(log2=True), 2000,
                'a gene without variance on one side counts up to 1e16', 'another draw of the 2,000 cells'))}
 
-# %% ../../nbs/06b_evaluate.distributions.ipynb #00000048
+# %% ../../nbs/06b_evaluate.distributions.ipynb #00000054
 def defined(name, Z_predicted, group_predicted, Z_real, group_real, n_groups, *, seed=0):
     "The `DEFINITIONS` entry `name` for each condition (n_groups,), in the space that the cells are given in; otherwise as `between`."
     if name not in DEFINITIONS: raise Problem(f"definition {name!r} is unknown; expected one of {', '.join(DEFINITIONS)}")

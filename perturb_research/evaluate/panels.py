@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from fastcore.basics import patch
 from scipy.ndimage import gaussian_filter1d
 from scipy.optimize import minimize
 from scipy.stats import norm
@@ -114,26 +115,32 @@ class Comparison(_Views):
 
     def __post_init__(self):
         self.conditions, self.targets, self.genes = list(self.conditions), [tuple(t) for t in self.targets], np.asarray(self.genes, dtype=object)
-        n, g = len(self.conditions), len(self.genes)
-        if not n or not g: raise Problem(f"comparison: {n} conditions and {g} genes; expected at least one of each")
-        if len(self.targets) != n: raise Problem(f"targets: {len(self.targets)} for {n} conditions; expected a tuple of genes for each, () for a drug")
-        for name, shape in dict(real=(n, g), predicted=(n, g), additive=(n, g), control=(g,), predicted_control=(g,), train_mean=(g,)).items():
-            if getattr(self, name) is None: continue
-            array = np.asarray(getattr(self, name), dtype=float)
-            if array.shape != shape: raise Problem(f"{name}: shape {array.shape}; expected {shape}, for {n} conditions and {g} genes")
-            if name != 'additive' and not np.isfinite(array).all(): raise Problem(f"{name}: {(~np.isfinite(array)).sum()} values are NaN or infinite; expected finite numbers")
-            setattr(self, name, array)
-        if self.control is None and self.predicted_control is not None: raise Problem('predicted_control: given without control; expected both, with profiles, or neither, with effects')
-        for name in ('real_cells', 'predicted_cells'):
-            if (cells := getattr(self, name)) is not None and cells.X.shape[1] != g: raise Problem(f"{name}: {cells.X.shape[1]} genes; expected {g}")
+        self.check()
 
-    @classmethod
-    def of_cells(cls, real_cells, predicted_cells, conditions, targets, genes, train_mean=None, **fields):
-        "The comparison of two sets of `Cells`, each with its own control cells; the means are made here."
-        (real, control), (predicted, own) = real_cells.means(list(conditions), 'real cells'), predicted_cells.means(list(conditions), 'predicted cells')
-        return cls(conditions, targets, genes, real, predicted, control, own, train_mean, real_cells, predicted_cells, **fields)
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000014
+@patch
+def check(self:Comparison):
+    "Turn the arrays to float; `Problem` where shapes disagree, a value is not finite, or one of two that belong together is missing."
+    n, g = len(self.conditions), len(self.genes)
+    if not n or not g: raise Problem(f"comparison: {n} conditions and {g} genes; expected at least one of each")
+    if len(self.targets) != n: raise Problem(f"targets: {len(self.targets)} for {n} conditions; expected a tuple of genes for each, () for a drug")
+    for name, shape in dict(real=(n, g), predicted=(n, g), additive=(n, g), control=(g,), predicted_control=(g,), train_mean=(g,)).items():
+        if getattr(self, name) is None: continue
+        array = np.asarray(getattr(self, name), dtype=float)
+        if array.shape != shape: raise Problem(f"{name}: shape {array.shape}; expected {shape}, for {n} conditions and {g} genes")
+        if name != 'additive' and not np.isfinite(array).all(): raise Problem(f"{name}: {(~np.isfinite(array)).sum()} values are NaN or infinite; expected finite numbers")
+        setattr(self, name, array)
+    if self.control is None and self.predicted_control is not None: raise Problem('predicted_control: given without control; expected both, with profiles, or neither, with effects')
+    for name in ('real_cells', 'predicted_cells'):
+        if (cells := getattr(self, name)) is not None and cells.X.shape[1] != g: raise Problem(f"{name}: {cells.X.shape[1]} genes; expected {g}")
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000016
+@patch(cls_method=True)
+def of_cells(cls:Comparison, real_cells, predicted_cells, conditions, targets, genes, train_mean=None, **fields):
+    "The comparison of two sets of `Cells`, each with its own control cells; the means are made here."
+    (real, control), (predicted, own) = real_cells.means(list(conditions), 'real cells'), predicted_cells.means(list(conditions), 'predicted cells')
+    return cls(conditions, targets, genes, real, predicted, control, own, train_mean, real_cells, predicted_cells, **fields)
+
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000018
 FAMILIES = {}
 NEEDS = 'effects', 'means', 'additive', 'cells', 'counts'
 
@@ -158,7 +165,7 @@ def families(names=None):
         raise Problem(f"metric {name!r} is unknown; " + (f"did you mean {near[0]!r}? " if near else '') + f"expected a system ({', '.join(systems)}) or one of its metrics")
     return [m for name, m in FAMILIES.items() if names is None or name in names or name.split('.')[0] in names]
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000017
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000019
 def panel_scores(comparison, names=None):
     "Long DataFrame condition, metric, value of the family metrics in `names` (see `families`) whose needs are met; the condition of a panel's one value is '*'."
     tables = []
@@ -169,7 +176,7 @@ def panel_scores(comparison, names=None):
         tables.append(pd.DataFrame({'condition': rows, 'metric': metric.name, 'value': values}))
     return pd.concat(tables or [pd.DataFrame({'condition': [], 'metric': [], 'value': []})], ignore_index=True)
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000019
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000021
 def at(array, positions):
     "Values (n, k) of `array` (n, g) at the gene `positions` (n, k) of each row."
     return np.take_along_axis(array, positions, axis=-1)
@@ -188,7 +195,7 @@ def signs(predicted, true):
     gap = np.abs(np.sign(predicted) - np.sign(true))
     return (gap == 0).mean(-1), (gap == 2).mean(-1)
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000022
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000024
 _PB = dict(source='PerturBench @ d357dfa (Wu et al. 2024, arXiv 2408.10609 v4)')
 _LOGFC = dict(needs='means', scale='log2 of mean log1p + 0.1', control="each side's own")
 _TIES = {'': ('half', '<', 'ties 1/2 (the code draws at random; this is the expected value)', '1/2 where all predictions are equal, or there is no other condition'),
@@ -206,7 +213,7 @@ def log_ratio(c):
                control='none, it cancels', centring='none', **_PB)
 def _rmse(c): return rmse(c.predicted_effects, c.real_effects)
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000023
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000025
 @family_metric('perturbench.cosine_logfc', formula='p.t / (|p| |t|), p and t log2 ratios to the own control', higher=True, best=1, range='[-1, 1]',
                degenerate='NaN if p or t is zero', **_LOGFC, **_PB)
 def _cosine_logfc(c):
@@ -221,7 +228,7 @@ for _tail, (_tie, _less, _said, _flat) in _TIES.items():
     family_metric(f'perturbench.rank_cosine_logfc{_tail}', distance='cosine; 1 where a side is zero', **_LOGFC, **_ranked)(
         lambda c, tie=_tie: 1 - discrimination(*log_ratio(c), distance='cosine', fixed='reference', ties=tie))
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000025
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000027
 _SPB = dict(source='scPerturBench @ 6e24e7a', needs='effects')
 _TOP = '{} of largest |t|, chosen by the truth: stand-in for a DE list'
 
@@ -232,7 +239,7 @@ for _tail, _k in (('', None), ('_top100', 100)):
     family_metric(f'scperturbench.pcc_delta{_tail}', formula='pearson(p, t)', higher=True, best=1, range='[-1, 1]', degenerate='NaN if p or t is constant', **_on, **_SPB)(
         lambda c, k=_k: correlation(c.predicted_effects, c.real_effects, None if k is None else c.top(k)))
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000027
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000029
 _CE = dict(source='cell-eval 0.8.2')
 _ERRORS = dict(mae=('mean_g |p_g - t_g|', mae), mse=('mean_g (p_g - t_g)^2', lambda p, t: rmse(p, t)**2))
 
@@ -255,14 +262,14 @@ for _distance in ('l1', 'l2', 'cosine'):
                   degenerate='a constant prediction averages 1/2 + 1/(2n), but for the genes left out; 1/2 where there is no other condition', **_CE)(
         lambda c, d=_distance: discrimination(c.own_effects, c.real_effects, distance=d, denominator='all', removed=own_gene(c)))
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000029
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000031
 @family_metric('vcc2026.pds_cosine_effects', formula='1 - rank / (n - 1), rank = #{q: d(p_p, t_q) < d(p_p, t_p)} + half the ties', higher=True, best=1, range='[0, 1]',
               source='cell-eval2 0.16.0 (VCC 2026), on mean log profiles in place of summed counts', needs='effects', target='removed, those of the whole panel',
               distance='cosine; 1 where a side is zero', ranking='prediction fixed, truths ranked; n - 1; ties 1/2',
               degenerate='1/2 for a zero prediction; a constant one averages 1/2; 1/2 where there is no other condition')
 def _pds_cosine_effects(c): return discrimination(c.predicted_effects, c.real_effects, distance='cosine', removed=c.panel_targets)
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000031
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000033
 _GEARS = dict(source='GEARS @ f374e43 (Roohani et al. 2023)')
 _ZERO = dict(higher=True, best=1, range='[-1, 1]', degenerate='0 if p or t is constant')
 _LEAST = dict(higher=False, best=0, range='[0, inf)')
@@ -289,7 +296,7 @@ def _mse_normalised(c):
     p, t = at(c.predicted_effects, c.top(20)), at(c.real_effects, c.top(20))
     return ((p - t)**2).sum() / (t**2).sum() if t.any() else np.nan
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000033
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000035
 _SYS = dict(source='Systema @ fe087c9 (Vinas Torne et al. 2025)', needs='effects')
 
 def _systema(tail, k):
@@ -312,7 +319,7 @@ family_metric('systema.centroid_accuracy', formula='#{q != p: |p_p - t_q| > |p_p
               degenerate='0 for a condition without effect', aggregation='condition, mean over conditions', **_SYS)
 def _systematic_variation(c): return cosine(c.real_effects, c.real_effects.mean(0)).mean()
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000035
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000037
 _CSB = dict(source='CellSimBench @ 08db3c1 (Miller et al. 2025)')
 
 family_metric('cellsimbench.nir', formula='#{q != p: |p_p - t_q| > |p_p - t_p|} / (n - 1)', higher=True, best=1, range='[0, 1]', needs='effects', distance='L2',
@@ -342,7 +349,7 @@ def weighted_r2(predicted, true, weights):
     left, total = (weights * (predicted - true)**2).sum(-1), (weights * (true - middle)**2).sum(-1)
     return np.where(total > 0, 1 - left / np.where(total > 0, total, 1), (left == 0).astype(float))
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000038
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000040
 def expected_hits(scores, relevant):
     "Relevance (n, g) at each place of a list sorted by falling `scores` (n, g), `relevant` bool (n, g): the expected value where scores are tied."
     order = np.argsort(-scores, axis=-1, kind='stable')
@@ -364,7 +371,7 @@ def ndcg_at(hits, k):
     best = np.concatenate([[0], discount.cumsum()])[np.minimum(there, len(discount))]
     return np.divide(hits[:, :k] @ discount, best, out=np.full(len(best), np.nan), where=best > 0)
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000040
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000042
 _GS = dict(source='Genespeaks @ 9ccb4c4', needs='effects', aggregation='here conditions and their mean; there cells and their mean')
 _EQUAL = 'no change gets what a random order gets{} (the code: the first genes in the file)'
 
@@ -393,7 +400,7 @@ for _k in (10, 30, 50, 100):
     family_metric(f'genespeaks.ndcg_at_{_k}', formula=f'sum_{{j <= {_k}}} rel_j / log2(j + 1), over the best', degenerate=_EQUAL.format(''), **_listed)(
         lambda c, k=_k: ndcg_at(_hits(c), k))
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000042
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000044
 _SMF = dict(source='scModelForge @ ac29af1', needs='effects', genes='50 of largest |t|, chosen by the truth')
 
 family_metric('scmodelforge.pearson', formula='pearson(p, t)', higher=True, best=1, range='[-1, 1]', degenerate='NaN if p or t is constant', **_SMF)(
@@ -408,7 +415,7 @@ def _above_baseline(c):
     of = lambda p: correlation(p, c.real_effects, c.top(50))
     return of(c.predicted_effects) > of(np.broadcast_to(c.reference, c.real.shape)) + TINY  # the mean itself is not above the mean
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000044
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000046
 _AEH = dict(source='Ahlmann-Eltze, Huber & Anders 2025 (Nature Methods)')
 _EXPRESSED = '1,000 of highest mean in the real control'
 
@@ -422,7 +429,7 @@ family_metric('ahlmann_eltze.l2_top1000', formula='sqrt(sum_g (p_g - t_g)^2)', n
               degenerate='NaN if p or t is constant (so for no change)', **_AEH)
 def _pearson_delta_top1000(c): return correlation(c.predicted_effects[:, expressed(c)], c.real_effects[:, expressed(c)])
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000046
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000048
 class Null(NamedTuple):
     "An empirical null: mean and standard deviation of a normal, and the share of values that belongs to it."
     mean: float
@@ -451,7 +458,7 @@ def empirical_null(z):
     mass = np.diff(norm.cdf((np.array([-b, b]) - mean) / np.exp(log_sd)))[0]
     return Null(float(middle + spread * mean), float(spread * np.exp(log_sd)), float(min(1., len(inner) / len(z) / mass)))
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000047
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000049
 def fdr_limits(z, fdr=.05):
     "Values (low, high) beyond which the local false discovery rate of `z` is below `fdr`; infinite on a side where it never is."
     null = empirical_null(z)
@@ -466,7 +473,7 @@ def fdr_limits(z, fdr=.05):
     left, right = np.flatnonzero(below & (x < null.mean)), np.flatnonzero(below & (x > null.mean))
     return (float(x[left[-1]]) if len(left) else -np.inf, float(x[right[0]]) if len(right) else np.inf)
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000050
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000052
 class Interactions(NamedTuple):
     "Genetic interactions among doubles: see `interactions`."
     deviation: np.ndarray  # (d, g) measured minus additive
@@ -486,7 +493,7 @@ def interactions(real, additive, fdr=.05):
     kind = np.select([~found, additive == 0, real * additive < 0, np.abs(real) > np.abs(additive)], ['', 'other', 'opposite', 'synergistic'], 'buffering')
     return Interactions(deviation, low, high, found, kind)
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000052
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000054
 def _passed(predicted, additive, found):
     "Hits and places passed at the end of each run of equal |predicted - additive|, in falling order, and the number of all hits."
     scores, found = np.abs(centred(predicted, additive)).ravel(), np.ravel(found)  # without the dust of single precision
@@ -509,7 +516,7 @@ def interaction_scores(predicted, additive, found):
     auroc = np.trapezoid(np.append(0, hits / total), np.append(0, wrong))
     return dict(auprc=float(auprc), auroc=float(auroc), tpr_fdp50=float(np.max(hits / total, where=2 * hits >= passed, initial=0)))
 
-# %% ../../nbs/06c_evaluate.panels.ipynb #00000054
+# %% ../../nbs/06c_evaluate.panels.ipynb #00000056
 def interaction_panel(c):
     "`interaction_scores` of a comparison: its doubles with additive effects, on the 1,000 genes most expressed in the control; NaN where no null can be fitted."
     def make():
