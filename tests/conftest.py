@@ -1,8 +1,10 @@
 "Helpers that several test files use."
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"): os.environ.setdefault(_threads, "1")  # read when NumPy and torch are loaded; the workers share the cores
@@ -19,15 +21,36 @@ from filelock import FileLock
 from perturb_research.launch import code_cells, export
 
 ROOT = Path(__file__).resolve().parent.parent
+KILLED = 2, 24  # steps that are done when the run of `small` is killed; of 58
 SHARED = ROOT.parent / "shared" / "data"  # real screens; tests on them run where the folder is present
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real screens are not here")
 
 
-def launch(out, *arguments, **environment):
-    "Run the command behind `make` with everything written below `out`."
+def command(out, *arguments, **environment):
+    "The command behind `make` with everything written below `out`, as `subprocess` takes it."
     env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "PROFILE")} | {"PERTURB_OUT": str(out)} | environment
-    return subprocess.run([sys.executable, "-m", "perturb_research.launch", *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True)
+    return dict(args=[sys.executable, "-m", "perturb_research.launch", *map(str, arguments)], cwd=ROOT, env=env)
+
+
+def launch(out, *arguments, **environment):
+    "Run the command behind `make` to its end."
+    return subprocess.run(**command(out, *arguments, **environment), capture_output=True, text=True)
+
+
+def finished(out):
+    "How many steps below `out` are done."
+    return len(list(Path(out).glob("data/results/*/done/*.json")))
+
+
+def kill_after(done, out, *arguments):
+    "Run the command behind `make` until `done` steps are finished, and kill it with all its kernels a few seconds into the next ones."
+    run = subprocess.Popen(**command(out, *arguments), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while run.poll() is None and finished(out) < done: time.sleep(.1)
+    time.sleep(4)
+    assert run.poll() is None, f"it ended before it could be killed; see {out}/runs/snakemake.log"
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
 
 
 def run_notebook(name, out, **parameters):
@@ -39,13 +62,16 @@ def run_notebook(name, out, **parameters):
     return subprocess.run(command + given, env=env, capture_output=True, text=True)
 
 
-def run_here(name, out, **parameters):
-    "Execute one notebook's cells in this process below `out`: a quarter of `run_notebook`'s time, for no kernel starts and no library loads; what stops it is raised."
+def run_here(name, out, examples=True, **parameters):
+    """Execute one notebook's cells in this process below `out`: a quarter of `run_notebook`'s time, for no kernel starts and no library loads; what stops it is raised.
+    Without `examples`, those on made-up data before the run begins are left out: they are the same whatever the data set."""
     scope = {"__name__": "__main__", "display": print}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PERTURB_OUT", str(out))
         patch.chdir(ROOT / "nbs")
         for source, tags in code_cells(ROOT / "nbs" / f"{name}.ipynb"):
+            examples |= "\nrun = Run(" in f"\n{source}"
+            if not (examples or tags or source.startswith(("#|", "import ", "from "))): continue
             exec(compile(source, name, "exec"), scope)
             if "parameters" in tags: scope |= parameters
     plt.close("all")
@@ -78,11 +104,13 @@ def pytest_sessionstart(session):
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory, worker_id):
-    "The whole main job on both embedded screens in the small profile: made once, a copy for each worker."
+    """The whole main job on both embedded screens in the small profile: made once, a copy for each worker.
+    It is killed twice on the way, among the first steps and among the models, and simply called again: what the tests find in it, a killed run has made."""
     base = tmp_path_factory.getbasetemp()
     made = (base if worker_id == "master" else base.parent) / "made_small"
     with FileLock(made.with_suffix(".lock")):
         if not made.exists():
+            for done in KILLED: kill_after(done, made.with_suffix(".new"), "figures", "--profile", "small")
             done = launch(made.with_suffix(".new"), "figures", "--profile", "small")
             assert done.returncode == 0, done.stdout + done.stderr
             made.with_suffix(".new").rename(made)

@@ -8,9 +8,10 @@ import subprocess
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, run_notebook
+from conftest import ROOT, run_here
 from scipy.stats import spearmanr
 
+from perturb_research.core import Problem
 from perturb_research.models.baselines import MODELS
 from perturb_research.page import SCRIPT, card, page
 from perturb_research.report import (
@@ -100,8 +101,7 @@ def test_report_of_strangers(tmp_path):
         for seed in range(3 if model == 'zebra' else 1):
             parts = [scores(errors[[model]] * (1 + .05 * seed), seed=seed), scores(1 - errors[[model]] / 20, 'pearson_centred', seed=seed), scores(1 - errors[[model]] / 20, 'centroid_accuracy', seed=seed)]
             pd.concat(parts).assign(split='combination.s0').to_parquet(folder/'combination.s0'/f'{model}.s{seed}.metrics.parquet')
-    done = run_notebook('15_report', tmp_path, dataset='toy', draws=50)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_here('15_report', tmp_path, dataset='toy', draws=50)
     board = pd.read_csv(folder/'leaderboard.csv').query("measure == 'relative L2'").set_index('model')
     assert set(board.index) == set(errors) and board.loc['zebra', 'seeds'] == 3 and board.loc['ant', 'p_adjusted'] < .01 and board['scaled'].isna().all()
     plotted = pd.read_csv(tmp_path/'figures'/'toy'/'model_differences.csv')
@@ -290,8 +290,7 @@ def test_report_with_a_reverse_task_and_another_data_set_beside(tmp_path):
     results = tmp_path/'data'/'results'
     write_toy(results/'toy', replicate=True)
     write_toy(results/'other')
-    done = run_notebook('15_report', tmp_path, dataset='toy', draws=50, beside='other', hidden='all')
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_here('15_report', tmp_path, dataset='toy', draws=50, beside='other', hidden='all')
     points, table = (pd.read_csv(tmp_path/'figures'/'toy'/f'{slug}.csv') for slug in ('forward_against_reverse', 'forward_metrics_predict_reverse'))
     assert set(points['model']) == {'mean', 'additive', 'one', 'two'} and set(points['mask']) == {'all'} and set(points['dataset']) == {'toy', 'other'}
     assert points.query("dataset == 'toy' and metric == 'l2' and model == 'mean'")['forward'].tolist() == [1, 1]
@@ -303,5 +302,4 @@ def test_report_with_a_reverse_task_and_another_data_set_beside(tmp_path):
 
 def test_a_data_set_beside_that_is_not_there_is_one_line(tmp_path):
     write_toy(tmp_path/'data'/'results'/'toy')
-    done = run_notebook('15_report', tmp_path, dataset='toy', draws=50, beside='nowhere')
-    assert done.returncode and 'Problem: beside=nowhere: no results of a reverse task by cosine distance' in done.stderr
+    with pytest.raises(Problem, match='beside=nowhere: no results of a reverse task by cosine distance'): run_here('15_report', tmp_path, dataset='toy', draws=50, beside='nowhere')

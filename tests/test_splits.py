@@ -6,7 +6,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, SHARED, needs_shared, run_notebook
+from conftest import ROOT, SHARED, needs_shared, run_here
 
 from perturb_research.core import Problem, Run, effective, sha256
 from perturb_research.data.labels import condition_ids, parts_of
@@ -376,8 +376,7 @@ def processed(out, effects, dataset):
 def test_the_notebook_makes_what_it_is_asked_for(tmp_path):
     processed(tmp_path, CHEMICAL, "pills")
     (tmp_path / "lists.json").write_text(json.dumps(dict(train_conditions=["drug 1", "drug 2", "DMSO", "drug 99"], val_conditions=[], test_conditions=["drug 4"])))
-    done = run_notebook("05_data.splits", tmp_path, dataset="pills", kinds="default scaffold kfold doubles", repeats=2, min_cells=20, imported=str(tmp_path / "lists.json"))
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_here("05_data.splits", tmp_path, dataset="pills", kinds="default scaffold kfold doubles", repeats=2, min_cells=20, imported=str(tmp_path / "lists.json"))
     listed = json.loads((tmp_path / "data/results/pills/splits.json").read_text())
     assert [s["kind"] for s in listed] == ["perturbation"] * 2 + ["context"] * 2 + ["scaffold"] * 2 + ["kfold"] * 2 + ["imported"]
     assert len({s["name"] for s in listed}) == len({s["hash"] for s in listed}) == 9
