@@ -55,7 +55,7 @@ def search(known, asked, candidates, galleries, **what):
     "Scores of each gallery, mask and distance, a row a query."
     question, found = pose(asked, candidates), []
     for model, gallery in galleries.items():
-        metric = whitened(leftover(known, gallery))
+        metric = whitened(leftover(known, gallery), known.var_names)
         for mask in MASKS:
             for by, distance in (('cosine', 'cosine'), ('whitened', metric)):
                 scores = retrieval_scores(ask(question, gallery, distance, mask), question.exact, question.relevant)
@@ -119,10 +119,10 @@ def variants(path, names=('kernel', 'gp_average', 'gp_joint'), first=4, repeats=
         for mask in ('none', 'all'):
             ways = {}
             for m, gallery in galleries.items():
-                metric = whitened(leftover(known, gallery))
+                metric = whitened(leftover(known, gallery), known.var_names)
                 ways[m] = ask(question, gallery, metric, mask)
                 ways[f'{m}, length'] = ask(question, gallery, metric, mask, measure=mahalanobis)
-            for m in names[:2]: ways[f'{m}, residuals of doubles left out'] = ask(question, galleries[m], whitened(left_out(known, m, generator(repeat, 'folds'))), mask)
+            for m in names[:2]: ways[f'{m}, residuals of doubles left out'] = ask(question, galleries[m], whitened(left_out(known, m, generator(repeat, 'folds')), known.var_names), mask)
             ways |= {f'gp_average and {share:g} ridge': even(ways['gp_average']) + share * even(direct) for share in (.1, .3, 1) if mask == 'none'}
             rows += [retrieval_scores(d, question.exact, question.relevant).assign(way=way, mask=mask) for way, d in ways.items()]
     print(f'\n{path.name}: variants of the whitened search, halves {first} to {repeats - 1}, {len(candidates)} candidates')
@@ -166,7 +166,7 @@ def papalexi(path):
         centre = mean(untreated, old)
         for mask in MASKS:
             hidden = hidden_genes(mask, question.query_genes, list(candidates.values()), genes)
-            ways = {'pseudobulk cosine': ask(question, known, 'cosine', mask), 'pseudobulk whitened': ask(question, known, whitened(noise), mask),
+            ways = {'pseudobulk cosine': ask(question, known, 'cosine', mask), 'pseudobulk whitened': ask(question, known, whitened(noise, genes), mask),
                     'overlap of strong genes': ask(question, known, mask=mask, measure=lambda q, g, _, h: de_overlap(q, g, 50, h))}
             votes = np.array([cell_votes(cells[target[new] == t], known.X, 5, hidden if hidden.ndim == 1 else hidden[i]) for i, t in enumerate(query.obs['perturbation'])])
             ways['cell vote'] = -votes
@@ -218,10 +218,10 @@ def sizes(n_genes=2000, n_queries=130, n_cells=20000, n_profiles=8400):
     question = timed('pose the question', pose, asked, candidates)
     start = time.perf_counter()
     for mask in MASKS:
-        for name, distance in (('cosine', 'cosine'), ('pearson', 'pearson'), ('euclidean', 'euclidean'), ('whitened', whitened(leftover(known, gallery)))):
+        for name, distance in (('cosine', 'cosine'), ('pearson', 'pearson'), ('euclidean', 'euclidean'), ('whitened', whitened(leftover(known, gallery), known.var_names))):
             found = timed(f'{name}, mask {mask}', ask, question, gallery, distance, mask)
     print(f"{'all twelve together':44} {time.perf_counter() - start:6.2f} s")
-    timed('cosine on 20 axes, mask own', ask, question, gallery, leading_axes(known.X), 'own')
+    timed('cosine on 20 axes, mask own', ask, question, gallery, leading_axes(known.X, genes=known.var_names), 'own')
     timed('spearman, mask none', ask, question, gallery, 'spearman')
     timed('metrics with ties', retrieval_scores, found, question.exact, question.relevant)
     timed('overlap of 50 strongest, mask own', ask, question, gallery, mask='own', measure=lambda q, g, _, hidden: de_overlap(q, g, 50, hidden))

@@ -9,7 +9,7 @@ import pytest
 from conftest import SHARED as DATA, run_here
 
 from perturb_research.core import Problem
-from perturb_research.evaluate.causes import answer_sets, carries_driver, densest, driver_table, hide_around, miss, nearness, neighbours
+from perturb_research.evaluate.causes import answer_sets, carries_driver, densest, driver_table, hide_around, hide_blindly, miss, nearness, neighbours
 from perturb_research.evaluate.retrieval import incidence
 
 
@@ -40,6 +40,16 @@ def test_hidden_genes_grow_with_k_and_hold_the_own_ones():
         hidden = hide_around(own, [['A'], ['A', 'B'], ['Z']], ['A', 'B'], near, k)
         assert [''.join(g for g, h in zip(genes, row) if h) for row in hidden] == want
     assert own.sum() == 3  # the given mask is not written into
+
+
+def test_as_many_are_hidden_blindly_as_around_the_targets():
+    base, orders = rng().random((6, 40)) < .1, np.array([rng(i).permutation(40) for i in range(6)])
+    around = base | (rng(1).random((6, 40)) < .3)
+    around[0] = base[0]
+    blind = hide_blindly(base, around, orders)
+    assert (blind.sum(1) == around.sum(1)).all() and (blind >= base).all() and (blind[0] == base[0]).all() and (blind != around).any()
+    more = hide_blindly(base, around | (rng(2).random((6, 40)) < .3), orders)
+    assert (more >= blind).all()  # a longer list holds the shorter one
 
 
 # the densest genes

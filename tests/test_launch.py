@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, cells, launch
 
-from perturb_research.launch import STEPS, ZOO, Refused, _number, chosen, claim, differences, forget_incomplete, modules_of, public, resolve, steps
+from perturb_research.launch import STEPS, ZOO, Refused, _number, chosen, claim, differences, figures, forget_incomplete, modules_of, public, publish, resolve, steps
 
 
 def done_times(out, dataset):
@@ -206,3 +206,46 @@ def test_what_is_said_about_columns_to_preprocess_goes_to_chembl_too():
     assert said == {"04_data.preprocess": {"perturbation": "target", "min_cells": 5}, "03_data.chembl": {"perturbation": "target"}}
     assert overrides("preprocess.kind=drug chembl.kind=stimulus", ROOT)["03_data.chembl"] == {"kind": "stimulus"}
     assert "03_data.chembl" not in overrides("preprocess.min_cells=5", ROOT)
+
+
+def executed_copy(out, dataset, step, **cell):
+    "An executed notebook of one cell below `out`."
+    file = out / "runs" / dataset / f"{step}.ipynb"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"cells": [cell]}))
+    return file
+
+
+def test_only_errors_of_this_call_are_said(tmp_path, monkeypatch):
+    stopped = lambda words: dict(outputs=[dict(output_type="error", ename="Problem", evalue=words, traceback=[])])
+    def work(root, out, *_):
+        executed_copy(out, "mine", "04_data.preprocess", **stopped("kind is 'CRISPRx'"))
+        return False
+    executed_copy(tmp_path, "mine", "14_evaluate.retrieval", **stopped("distance is 'cosin'"))
+    monkeypatch.setattr("perturb_research.launch._snakemake", work)
+    assert figures(ROOT, tmp_path, [("mine", "")], "small", {}, 1) == ["mine, 04_data.preprocess: kind is 'CRISPRx'"]
+
+
+def test_a_slug_has_its_figure_or_its_note(tmp_path):
+    "Also while steps are still missing; a figure that this call does not make stays until all are done."
+    made, shown, done = (tmp_path / name for name in ("data/results/mine/figures/13b_evaluate.foreign", "figures/mine", "data/results/mine/done/13b_evaluate.foreign.json"))
+    for folder in (made, shown, done.parent): folder.mkdir(parents=True)
+    done.touch()
+    (shown / "other.png").touch()
+    four = {f"foreign_error.{kind}" for kind in ("pdf", "png", "csv", "json")}
+    for names in ({"foreign_error.note.txt"}, four, {"foreign_error.note.txt"}):
+        for old in made.iterdir(): old.unlink()
+        for name in names: (made / name).touch()
+        publish(tmp_path, "mine", tidy=False)
+        assert {p.name for p in shown.iterdir()} == {*names, "other.png"}
+
+
+def test_executed_notebooks_show_their_own_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr("perturb_research.launch._snakemake", lambda *_: True)
+    executed = executed_copy(tmp_path, "mine", "12_drugs.candidate", source=["![a](../figures/sim/a.png)\n", "![](../figures/sim_drugs/b.png), ../figures/sim/c.png"], outputs=[])
+    shown = []
+    for _ in range(2):
+        assert figures(ROOT, tmp_path, [("mine", "")], "small", {}, 1) == []
+        shown.append((executed.read_bytes(), executed.stat().st_mtime_ns))
+    assert json.loads(shown[0][0])["cells"][0]["source"] == ["![a](../../figures/mine/a.png)\n", "![](../../figures/mine/b.png), ../figures/sim/c.png"]
+    assert shown[0] == shown[1]

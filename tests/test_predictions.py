@@ -12,6 +12,7 @@ from conftest import cells, launch, run_notebook
 from perturb_research.core import Problem
 from perturb_research.data.labels import condition_ids
 from perturb_research.data.splits import make_split
+from perturb_research.evaluate.foreign import refuse_repeats
 from perturb_research.evaluate.metrics import perturbation_mean, score
 from perturb_research.evaluate.predictions import _both_cells, align, evaluate, match_conditions, mean_of_groups
 
@@ -283,6 +284,17 @@ def test_cells_of_another_scale_are_refused():
         with pytest.raises(Problem, match="rescale them, or give effects"): aligned(wrong, truth)
     twice = ad.AnnData(np.vstack([truth.X, truth.X]), pd.DataFrame({"perturbation": np.tile(truth.obs["perturbation"].astype(str), 2)}, index=[f"r{i}" for i in range(24)]), truth.var)
     with pytest.raises(Problem, match="rescale them, or give effects"): aligned(twice, truth)  # effects of two seeds are no cells
+
+
+def test_a_file_with_each_condition_twice_is_refused_as_that():
+    "Test and gallery rows of asked.csv written both; a file of cells has more rows a condition."
+    truth = screen()
+    for order in ([*range(12), *range(12)], [*range(12), 3]):
+        with pytest.raises(Problem, match=f"{len(order) - 12} of 12 conditions stand more than once, the first '{truth.obs_names[0 if len(order) == 24 else 3]}', 2 times; .*drop_duplicates".replace("|", r"\|")) as e:
+            refuse_repeats(truth[order], truth.obs, truth.var_names)
+        assert "\n" not in str(e.value)
+    refuse_repeats(truth, truth.obs, truth.var_names)
+    refuse_repeats(of_cells(truth), truth.obs, truth.var_names)
 
 
 def test_without_a_split_genes_left_out_bring_nothing():

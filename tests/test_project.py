@@ -1,5 +1,6 @@
 "The compendium as a whole: export current, notebooks clean, pins in one place, imports only downwards."
 import ast
+import builtins
 import configparser
 import json
 import re
@@ -115,3 +116,18 @@ def test_nothing_from_the_machine_is_in_the_tree():
     home = re.compile(rf"{re.escape(str(Path.home()))}/|{re.escape(str(ROOT))}[/\"' ]|/tmp/w")
     found = [n for n in names if n and Path(n).suffix in {".py", ".ipynb", ".md", ".json", ".csv", ".ini", ".yml", ".lock", ""} and (ROOT / n).is_file() and home.search((ROOT / n).read_text(errors="ignore"))]
     assert not [n for n in found if n != "tests/test_project.py"], found
+
+
+def test_the_readme_names_nothing_from_nowhere():
+    "Read from top to bottom, its Python uses what was imported or made before, and imports what there is."
+    known = set(dir(builtins))
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S):
+        for line in ast.parse(block).body:
+            if isinstance(line, ast.ImportFrom) and line.module.startswith("perturb_research."):
+                module = (ROOT / line.module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
+                assert all(re.search(rf"\b{a.name}\b", module) for a in line.names), line.module
+            names = [node for node in ast.walk(line) if isinstance(node, ast.Name)]
+            made = {n.id for n in names if isinstance(n.ctx, ast.Store)} | {a.asname or a.name.split(".")[0] for a in getattr(line, "names", [])}
+            within = {n.id for part in ast.walk(line) if isinstance(part, ast.comprehension) for n in ast.walk(part.target) if isinstance(n, ast.Name)}
+            assert not (unknown := {n.id for n in names if isinstance(n.ctx, ast.Load)} - known - within), (unknown, block)
+            known |= made

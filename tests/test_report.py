@@ -15,7 +15,8 @@ from perturb_research.core import Problem
 from perturb_research.models.baselines import MODELS
 from perturb_research.page import SCRIPT, card, page
 from perturb_research.report import (
-    against, agreement_table, both_ways, difference_table, forward_table, headline, marked, model_facts, one_ranking, p_text, paired, rank_agreement, ranked, reference_table, split_words, stratum_words)
+    COMPARED, FEW, against, agreement_table, both_ways, difference_table, extremes, few_words, forward_table, headline, marked, model_facts, models_behind, of_split, one_ranking, one_truth, p_text, paired,
+    rank_agreement, ranked, reference_table, said, split_words, stratum_words, with_panel)
 
 
 def scores(errors, metric='l2', split='doubles.s0', stratum='combo_seen2', seed=0):
@@ -186,6 +187,37 @@ def test_readme_says_what_the_notebook_printed():
     assert expected in ' '.join((ROOT/'README.md').read_text(encoding='utf-8').split()), f'README.md: its first screen should say: {expected}'
 
 
+def test_what_the_headline_names_has_a_panel():
+    "README's caption stands under the figure: its two metrics are among the twelve panels, whichever they are, and in the order of rho."
+    committed = of_split(pd.read_csv(ROOT/'figures'/'sim'/'forward_metrics_predict_reverse.csv'), 'sim', 'doubles.s0', 'none')
+    ordered, named = list(committed.sort_values('rho', ascending=False)['metric']), [row['metric'] for row in extremes(committed)]
+    shown = with_panel(ordered, named)
+    assert len(shown) == 12 and shown[0] == named[0] and shown[-1] == named[1] and shown == sorted(shown, key=ordered.index) and 'l2' in shown
+    for pair in (('l2_top20', 'pearson_top50'), ('cosine_centred', 'direction_centred'), ('l2', 'mae_top20')):
+        assert set(pair) <= set(with_panel(list(COMPARED), pair)) and len(with_panel(list(COMPARED), pair)) == 12
+    assert with_panel(['cosine_top50', 'l2_top20']) == ['cosine_top50', 'l2_top20']
+
+
+def test_an_order_of_few_models_has_no_interval():
+    few, many = (agreement_table({('toy', s): screen(models=m, seed=i) for i, s in enumerate('st')}, ['none', 'all'], draws=50) for m in ('abcd', 'abcdefgh'))
+    assert set(models_behind(few)[few['models'] == 'all']) == {4} and set(few.query("split == 'all' and models == 'all'")['n_models']) == {8}
+    assert set(models_behind(many)[many['models'] == 'all']) == {8} == {FEW}
+    words = headline(few, 'toy', 's')
+    assert '[' not in words and words.endswith(' An order of 4 models says little.')
+    assert headline(many, 'toy', 's').count('[') == 4 and 'little' not in headline(many, 'toy', 's')
+    row = dict(rho=.74, low=.74, high=.95)
+    assert [said(row | {'n_models': n}) for n in (7, 8)] == ['0.74', '0.74 [0.74, 0.95]']
+    assert few_words({'replicates': 4, 'mine': 7, 'doubles': 8}).startswith('Only 4 models in replicates, 7 models in mine: ') and few_words({'doubles': 8}) == ''
+
+
+def test_one_truth_a_row():
+    full = pd.DataFrame(dict(split=['r', 'r', 'd'], model=['a', 'b', 'a'], p=[1, 2, 3]))
+    both = one_truth(full, full[['split', 'model']].iloc[[0, 2]].assign(p=[4, 5]), full[:1].assign(model='back'), by=['split', 'model'], halves={'r'})
+    assert sorted(both[['split', 'model', 'truth', 'p']].itertuples(index=False, name=None)) == [
+        ('d', 'a', 'full effect', 3), ('d', 'a', 'half 2', 5), ('r', 'a', 'half 2', 4), ('r', 'b', 'half 2', 2), ('r', 'back', 'half 2', 1)]
+    assert set(one_truth(full, full[:0], by=['split', 'model'])['truth']) == {'full effect'}
+
+
 def strange_table():
     names = ['<b>', '"x"', "a&b'", '</script><script>alert(1)</script>', 'gp_one', 'gp two']
     return pd.DataFrame(dict(model=names * 2, split=['s'] * 6 + ['t<i>'] * 6, stratum='x', measure='mrr', value=[.5, .25, 1., np.nan, -.5, .125] * 2, interval=['[0.400, 0.600]', '', '[0.900, 1.000]', '', '[-0.600, -0.400]', '[0.050, 0.200]'] * 2,
@@ -267,9 +299,9 @@ def test_cards():
     assert model_facts('mine_permuted', None, {}, pd.DataFrame(columns=['measure', 'difference', 'seeds']))['prior'].startswith('with its genes exchanged')
 
 
-def write_toy(folder, replicate=False, n=20):
-    "Results of a screen with a reverse task, as notebooks 05, 07, 08 and 14 leave them."
-    kinds = ['replicate', 'doubles'] if replicate else ['doubles']
+def write_toy(folder, replicate=False, n=20, halves=False, kinds=()):
+    "Results of a screen with a reverse task, as notebooks 05, 07, 08 and 14 leave them; with `halves`, scores against half 2 as well, the same in a split of replicates."
+    kinds = list(kinds) or (['replicate', 'doubles'] if replicate else ['doubles'])
     (folder/'done').mkdir(parents=True)
     (folder/'splits.json').write_text(json.dumps([dict(name=f'{kind}.s0', kind=kind, seed=0, hash='0', path='0.json') for kind in kinds]))
     tables, factors = [], dict(mean=1, additive=.8, one=.6, two=.5, lazy=.7, two_permuted=.55, ceiling=.3)
@@ -279,7 +311,9 @@ def write_toy(folder, replicate=False, n=20):
         for model in errors:
             kept = errors[[model]].iloc[:n // 2 if model == 'lazy' else n]
             parts = [scores(f, m, split=f'{kind}.s0') for m, f in (('l2', kept), ('pearson', 1 - kept / 20), ('pearson_centred', 1 - kept / 15), ('centroid_accuracy', 1 - kept / 40))]
-            pd.concat(parts).to_parquet(folder/f'{kind}.s0'/f'{model}.s0.metrics.parquet')
+            whole = pd.concat(parts)
+            half2 = [whole.assign(metric=whole['metric'] + '@half2', value=whole['value'] * (1 if kind == 'replicate' else 1.1))] * halves
+            pd.concat([whole] * (model != 'ceiling' or not halves) + half2).to_parquet(folder/f'{kind}.s0'/f'{model}.s0.metrics.parquet')
             if model == 'ceiling': continue
             for mask, metric in ((mask, metric) for mask in ('none', 'all') for metric in ('mrr', 'exact@1')):
                 tables.append(pd.DataFrame(dict(dataset='toy', split=f'{kind}.s0', route='predicted', model=model, mask=mask, distance='cosine', query=errors.index, n_candidates=99, metric=metric, value=1 / (1 + 20 * errors[model].to_numpy()))))
@@ -298,6 +332,22 @@ def test_report_with_a_reverse_task_and_another_data_set_beside(tmp_path):
     report = (results/'toy'/'report.html').read_text()
     assert report.count('class="card"') == 6 and 'Sum of the constituents' in report and 'Predictions from elsewhere' in report and 'data-start="split=doubles.s0&amp;stratum=reverse, mask none' in report
     assert pd.read_csv(results/'toy'/'leaderboard.csv')['best'].isin(['best', 'close']).any()
+
+
+@pytest.mark.parametrize('kinds', [('replicate', 'doubles'), ('replicate',)])
+def test_truth_in_a_split_of_replicates_is_half_2(tmp_path, kinds):
+    "Every comparison stands once there, with the replicate beside it; elsewhere once for each truth. Four models: the figures say so and draw no interval."
+    write_toy(tmp_path/'data'/'results'/'toy', halves=True, kinds=kinds)
+    run_here('15_report', tmp_path, dataset='toy', draws=50)
+    board = pd.read_csv(tmp_path/'data'/'results'/'toy'/'leaderboard.csv')
+    replicates, doubles = (board[board['split'] == f'{kind}.s0'] for kind in ('replicate', 'doubles'))
+    assert set(replicates['truth']) == {'half 2'} and not replicates.duplicated(['stratum', 'measure', 'model']).any() and set(replicates['model']) >= {'ceiling', 'mean', 'two'}
+    assert replicates.query("stratum == 'combo_seen2' and model == 'two' and measure == 'relative L2'")['p'].notna().all()
+    if 'doubles' in kinds: assert set(doubles.loc[doubles['measure'] == 'relative L2', 'truth']) == {'full effect', 'half 2'} and set(doubles.loc[doubles['measure'] == 'mrr', 'truth']) == {'full effect'}
+    else: assert (board['measure'] == 'mrr').any()
+    said = {slug: json.loads((tmp_path/'figures'/'toy'/f'{slug}.json').read_text())['caption'] for slug in ('leaderboard', 'forward_against_reverse', 'forward_metrics_predict_reverse')}
+    assert 'retrieval_by_route' in said['leaderboard'] and 'its row is empty there' in said['leaderboard']
+    for slug in list(said)[1:]: assert f'Only 4 models in {split_words(kinds[-1] + ".s0")}' in said[slug] and '95 %' not in said[slug]
 
 
 def test_a_data_set_beside_that_is_not_there_is_one_line(tmp_path):

@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from perturb_research.core import Problem
 from perturb_research.data.splits import target_genes
 from perturb_research.evaluate.retrieval import (DISTANCES, KS, MASKS, ask, by_candidate, candidate_genes, cell_votes, chance_scores, de_overlap, distances,
-                                                 gallery_files, graded_scores, hidden_genes, incidence, leading_axes, leftover, popularity, pose, questions, read_gallery,
+                                                 gallery_files, graded_scores, hidden_genes, incidence, leading_axes, leftover, name_causes, popularity, pose, questions, read_gallery,
                                                  retrieval_scores, target_activation, way_scores, whitened)
 
 DATA = Path(__file__).parents[2]/'shared'/'data'
@@ -213,7 +213,7 @@ def test_genes_are_matched_by_name():
     question = pose(effects[:2], candidate_genes(effects.obs))
     stranger = effects.copy()
     stranger.var_names = [f'ENSG{i}' for i in range(stranger.n_vars)]
-    with pytest.raises(Problem, match="none of its 35 genes is among the queries' 35"): ask(question, stranger)
+    with pytest.raises(Problem, match="none of its 35 genes, such as ENSG0, ENSG1, ENSG2, is among the queries' 35, such as A, B, C"): ask(question, stranger)
     np.testing.assert_allclose(ask(question, effects[:, 4:20]), ask(pose(effects[:2, 4:20], question.candidates), effects), atol=1e-12)
 
 
@@ -453,3 +453,63 @@ def test_means_are_over_perturbations_and_chance_stands_beside():
     assert table.loc['predicted', 'value'] == pytest.approx(scores.loc[scores['metric'] == 'mrr', 'value'].mean())
     assert table.loc['predicted', 'median'] == pytest.approx(scores[scores['metric'] == 'mrr'].groupby('query')['value'].mean().median())
     assert table.loc['chance', ['metric', 'value']].tolist() == ['exact@1', .25]
+
+
+# an effect of one's own
+
+def test_a_metric_is_aligned_by_name_and_refused_without_names():
+    known = screen()
+    question = pose(known[5:9].copy(), candidate_genes(known.obs))
+    shuffled = known[:, rng().permutation(known.n_vars)].copy()
+    backwards = pose(shuffled[5:9].copy(), question.candidates)
+    for metric in (whitened(leftover(known), known.var_names), leading_axes(known.X, 4, known.var_names)):
+        for mask in MASKS: np.testing.assert_allclose(ask(backwards, known, metric, mask), ask(question, known, metric, mask), atol=1e-9)
+        fewer = known[:, 3:].copy()
+        np.testing.assert_allclose(ask(question, fewer, metric), distances(fewer[5:9].X, fewer.X, metric.over(fewer.var_names))[:, [list(known.obs['perturbation']).index(p) for p in question.candidates]], atol=1e-9)
+    with pytest.raises(Problem, match='does not say which genes it is of'): ask(question, known, whitened(leftover(known)))
+    with pytest.raises(Problem, match='the metric is of other genes, such as X0'): ask(question, known, whitened(leftover(known), [f'X{i}' for i in range(known.n_vars)]))
+
+
+@pytest.mark.parametrize('distance', ['cosine', 'spearman', 'whitened'])
+def test_the_cause_of_an_effect_of_ones_own_is_named(distance):
+    gallery = screen(n_genes=60)
+    mine = pd.DataFrame(gallery.X[[7, 12]] + .01 * rng(5).normal(size=(2, gallery.n_vars)), ['first', 'second'], gallery.var_names)
+    found = name_causes(mine, gallery, distance, first=3)
+    assert found['query'].tolist() == ['first'] * 3 + ['second'] * 3 and found['place'].tolist() == [1, 2, 3] * 2
+    assert found.loc[found['place'] == 1, 'candidate'].tolist() == gallery.obs['perturbation'].iloc[[7, 12]].tolist()
+    assert (found.groupby('query')['distance'].diff().dropna() >= 0).all()
+    known = gallery[:, ::-1].copy()
+    known.X = known.X + rng(6).normal(size=known.shape)
+    assert (name_causes(mine, gallery, distance, first=1, known=known)['candidate'] == gallery.obs['perturbation'].iloc[[7, 12]].to_numpy()).all()
+    with_nothing = name_causes(mine, gallery, distance, hide='candidates', first=99)
+    assert len(with_nothing) == 2 * 15
+
+
+def test_hidden_genes_have_no_say_in_naming():
+    gallery = screen()
+    mine = pd.DataFrame(gallery.X[:1], ['a'], gallery.var_names)
+    usual = name_causes(mine, gallery, hide=['A', 'g3'])
+    mine.loc[:, ['A', 'g3']] = 99.
+    pd.testing.assert_frame_equal(name_causes(mine, gallery, hide=['A', 'g3']), usual)
+    assert not name_causes(mine, gallery).equals(usual)
+
+
+@pytest.mark.parametrize('spoil, said', [
+    (lambda q, g: (pd.concat([q, q[['A']]], axis=1), g), "query: gene 'A' stands there twice"),
+    (lambda q, g: (q.rename(columns=lambda c: f'ENSG{c}'), g), 'none of its 35 genes, such as A, B, C, is among the queries'),
+    (lambda q, g: (q, ad.AnnData(g.X, g.obs.drop(columns='perturbation_type'), g.var)), "gallery: obs has no column 'perturbation_type'")])
+def test_what_cannot_be_compared_is_one_line(spoil, said):
+    gallery = screen()
+    with pytest.raises(Problem, match=said) as caught: name_causes(*spoil(pd.DataFrame(gallery.X[:1], ['a'], gallery.var_names), gallery))
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('name', ['non-targeting', 'NTC_1', 'DMSO', 'control'])
+def test_a_control_under_any_of_its_names_is_no_query(name):
+    asked = screen()[:2].copy()
+    asked.obs['perturbation'] = ['A', name]
+    with pytest.raises(Problem, match='is a control, and has no cause'): pose(asked, {'A': ['A'], 'B': ['B']})
+
+
+def test_ks_are_numbers_of_candidates():
+    with pytest.raises(Problem, match='ks: 0 is no number of candidates'): retrieval_scores(np.zeros((1, 3)), np.eye(3, dtype=bool)[:1], np.eye(3, dtype=bool)[:1], (1, 0))
