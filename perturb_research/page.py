@@ -73,6 +73,10 @@ function changed() {
   show();
 }
 
+"""
+
+# %% ../nbs/15a_page.ipynb #00000013
+SCRIPT += r"""
 for (const name of ['model', 'split', 'stratum', 'measure', 'truth']) {
   const j = names.indexOf(name);
   if (j < 0) continue;
@@ -101,7 +105,7 @@ document.querySelector('#filters').append(count);
 show();
 """
 
-# %% ../nbs/15a_page.ipynb #00000013
+# %% ../nbs/15a_page.ipynb #00000015
 def _said(value):
     "A setting as text, numbers to four digits."
     if isinstance(value, dict): return '{' + ', '.join(f'{k}: {_said(v)}' for k, v in value.items()) + '}'
@@ -114,7 +118,7 @@ def card(name, facts):
     lines = ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>' for k, v in said.items())
     return f'<details class="card"><summary><b>{html.escape(name)}</b> <span class="note">{html.escape(facts.get("kind", ""))}</span></summary><dl>{lines}</dl></details>'
 
-# %% ../nbs/15a_page.ipynb #00000016
+# %% ../nbs/15a_page.ipynb #00000018
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}h1{{font-size:1.5rem}}h2{{font-size:1.15rem;margin-top:2.5rem}}
 figure{{margin:1.5rem 0 2.5rem}}figure img{{max-width:100%;height:auto}}figcaption{{margin:.4rem 0}}code{{font-size:.85em}}

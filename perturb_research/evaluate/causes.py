@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import Problem
+from ..data.labels import plain
 from .uncertainty import conformal_rank
 
 # %% ../../nbs/14b_evaluate.causes.ipynb #00000006
@@ -84,7 +85,7 @@ def nearness(misses, K, order=None):
     return float(np.mean([K[np.ix_(lost, named)].max() for lost, named in misses]))
 
 # %% ../../nbs/14b_evaluate.causes.ipynb #00000018
-def _plain(name): return ''.join(c for c in str(name).casefold() if c.isalnum())
+def _line(name): return plain(name).replace('_', '')
 
 def driver_table(path):
     "Drivers of each cell line, a dict line (letters and digits) -> set of genes, from a table (.parquet or .csv) with a row a driver and columns cell_name, Driver_Gene_Symbol."
@@ -92,9 +93,9 @@ def driver_table(path):
     try: table = pd.read_parquet(path) if Path(path).suffix == '.parquet' else pd.read_csv(path)
     except Exception as e: raise Problem(f"lines: {Path(path).name} cannot be read as .parquet or .csv ({type(e).__name__})") from e
     if lacking := {'cell_name', 'Driver_Gene_Symbol'} - set(table): raise Problem(f"lines: {Path(path).name} has no column {sorted(lacking)[0]!r}; expected a row a driver, with cell_name and Driver_Gene_Symbol")
-    return table.groupby(table['cell_name'].map(_plain))['Driver_Gene_Symbol'].agg(lambda genes: set(genes.dropna().astype(str))).to_dict()
+    return table.groupby(table['cell_name'].map(_line))['Driver_Gene_Symbol'].agg(lambda genes: set(genes.dropna().astype(str))).to_dict()
 
 def carries_driver(drivers, contexts, targets):
     "For each drug (its target genes, a list, in `targets`) and line (`contexts`): 'driver among targets', 'no driver', or '' where `drivers` has nothing on the line."
-    known = [drivers.get(_plain(line)) for line in contexts]
+    known = [drivers.get(_line(line)) for line in contexts]
     return np.array(['' if mine is None else 'driver among targets' if mine & set(genes) else 'no driver' for mine, genes in zip(known, targets)], dtype=object)

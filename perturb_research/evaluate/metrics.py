@@ -188,6 +188,7 @@ class Metric:
     @property
     def degenerate(self): return self.choices.degenerate  # value, and when
 
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000042
 _ERROR, _ANGLE = dict(higher=False, best=0., range='[0, inf)'), dict(higher=True, best=1., range='[-1, 1]')
 _FORMS = {
     'l2': dict(function=l2, formula='sqrt(sum_g (p_g - t_g)^2)', source='Ahlmann-Eltze et al. 2025', **_ERROR),
@@ -205,14 +206,14 @@ _VIEWS = {'all': ('', {}), 'top20': (' on the 20 genes of largest |t|', dict(gen
           'top50': (' on the 50 genes of largest |t|', dict(genes='50 of largest |t|, chosen by the truth')),
           'centred': (' of p - m and t - m', dict(centring='training perturbation mean'))}
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000041
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000043
 def _viewed(form, view):
     "The `Metric` of one form on one view."
     (where, chosen), fields = _VIEWS[view], dict(_FORMS[form])
     choices = Choices(degenerate=fields.pop('degenerate', 'none'), **chosen)
     return Metric(form if view == 'all' else f'{form}_{view}', view=view, choices=choices, **fields | dict(formula=fields['formula'] + where))
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000042
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000044
 METRICS = {m.name: m for m in (
     *(_viewed(form, view) for form in _FORMS for view in _VIEWS if _FORMS[form]['higher'] or view != 'centred'),
     Metric('centroid_accuracy', centroid_accuracy, 'share of other true effects farther from p than t is (L2)', True, 1., '[0, 1]',
@@ -222,13 +223,13 @@ METRICS = {m.name: m for m in (
     Metric('beats_mean', beats_mean, '1 if l2(p, t) < l2(m, t), 1/2 if equal, else 0', True, 1., '[0, 1]', 'Ahlmann-Eltze et al. 2025', view='mean',
            choices=Choices(distance='L2', degenerate='1/2 if p is the training mean')))}
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000043
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000045
 def described(metrics):
     "One row for each of `metrics`, with everything that its name stands for: a DataFrame of formula, direction, best value, range, source, needs, and the ten choices."
     plain = lambda m: {k: v for k, v in vars(m).items() if k not in ('function', 'view', 'choices')}
     return pd.DataFrame([plain(m) | m.choices._asdict() for m in metrics]).set_index('name')
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000049
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000051
 def _finite(array, what, shape):
     "`array` if it has `shape` and holds finite numbers, else a `Problem` that names `what`."
     array = np.asarray(array)
@@ -248,7 +249,7 @@ def _chosen(names):
             raise Problem(f"metric {name!r} is unknown; " + (f"did you mean {near[0]!r}? " if near else '') + f"expected names among: {', '.join(METRICS)}")
     return [METRICS[name] for name in (METRICS if names is None else names)]
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000050
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000052
 def _checked(predicted, truth, train_mean, conditions, candidates):
     "Arrays of agreeing shapes and finite values: predicted (m, n, g), truth (n, g), mean (g,), candidates (k, g), own (n,)."
     truth, predicted, conditions = np.asarray(truth), np.asarray(predicted), pd.Index(conditions)
@@ -262,7 +263,7 @@ def _checked(predicted, truth, train_mean, conditions, candidates):
     return (predicted.reshape(-1, n, g), _finite(truth, 'truth', (n, g)), _finite(train_mean, 'train_mean', (g,)).astype(float),
             _finite(candidates, 'candidates', (len(candidates), g)).astype(float), candidates.index.get_indexer(conditions))
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000052
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000054
 def _block(metrics, predicted, truth, mean, candidates, own):
     "Values (m, n, metrics) of one block of conditions."
     ranked = largest(truth, 50)
@@ -290,7 +291,7 @@ def score(predicted, truth, *, train_mean, conditions, names=None, candidates=No
                           'value': np.concatenate(blocks, axis=1).ravel()})
     return table if np.ndim(predicted) == 3 else table.drop(columns='model')
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000059
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000061
 def relative_l2(scores, reference):
     "Mean L2 of `scores` over mean L2 of `reference` (tables of `score`, over the same conditions; repeats of a condition are averaged first)."
     mine, theirs = (t.loc[t['metric'] == 'l2'].groupby('condition', observed=True)['value'].mean() for t in (scores, reference))
@@ -299,7 +300,7 @@ def relative_l2(scores, reference):
     if theirs.sum() == 0: raise Problem('relative_l2: the reference has no error at all; there is nothing to be relative to')
     return float(mine.mean() / theirs.mean())
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000062
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000064
 def centred_distances(x):
     "Distances (n, n) between the rows of `x` (n,) or (n, columns), means over rows and columns removed."
     D = squareform(pdist(np.asarray(x, float).reshape(len(x), -1)))
@@ -326,7 +327,7 @@ def gi_scores(A, B, AB):
     return dict(c1=float(c1), c2=float(c2), magnitude=float(np.hypot(c1, c2)), fit=distance_correlation(centred_distances(c1 * A + c2 * B), both),
                 equality=min(one, two) / max(one, two, 1e-300), similarity=distance_correlation(centred_distances(np.c_[A, B]), both))
 
-# %% ../../nbs/06_evaluate.metrics.ipynb #00000065
+# %% ../../nbs/06_evaluate.metrics.ipynb #00000067
 INTERACTIONS = {'synergy': ('magnitude', 1), 'suppression': ('magnitude', -1), 'neomorphism': ('fit', -1), 'redundancy': ('similarity', 1), 'epistasis': ('equality', -1)}
 
 def top_precision(predicted, observed, k, sign=1):

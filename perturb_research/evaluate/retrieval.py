@@ -281,8 +281,10 @@ def name_causes(effects, gallery, distance='cosine', hide=(), first=10, known=No
     if lacking := {'perturbation', 'perturbation_type'} - set(gallery.obs): raise Problem(f"gallery: obs has no column {sorted(lacking)[0]!r}; expected perturbation and perturbation_type, as in effects.h5ad")
     if isinstance(effects, pd.DataFrame): effects = ad.AnnData(effects.to_numpy(dtype=float), pd.DataFrame(index=effects.index.astype(str)), pd.DataFrame(index=effects.columns.astype(str)))
     question = pose(ad.AnnData(effects.X, pd.DataFrame({'perturbation': '?'}, effects.obs_names), effects.var[[]]), candidate_genes(gallery.obs))
-    if distance == 'whitened': distance = whitened(*((leftover(gallery), gallery.var_names) if known is None else (leftover(known, gallery), known.var_names)))
-    found = ask(question, gallery, distance, *(('all',) if hide == 'candidates' else ('none', False, distances, effects.var_names.isin(list(hide)))))
+    if distance == 'whitened' and known is None: distance = whitened(leftover(gallery), gallery.var_names)
+    if distance == 'whitened': distance = whitened(leftover(known, gallery), known.var_names)
+    unseen = dict(mask='all') if hide == 'candidates' else dict(hidden=effects.var_names.isin(list(hide)))
+    found = ask(question, gallery, distance, **unseen)
     order, names = np.argsort(found.round(9), axis=1, kind='stable')[:, :first], np.array(list(question.candidates))
     return pd.DataFrame({'query': np.repeat(effects.obs_names, order.shape[1]), 'place': np.tile(np.arange(1, order.shape[1] + 1), len(order)),
                          'candidate': names[order].ravel(), 'distance': np.take_along_axis(found, order, axis=1).ravel()})
