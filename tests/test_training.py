@@ -171,6 +171,12 @@ def test_a_finished_checkpoint_needs_no_training(tmp_path):
     assert same(net, trained(batches=never, checkpoint=str(tmp_path / 'c'), settings=replace(SHORT, progress=True, save_every=5.))[0])  # how it is shown is no part of the run
 
 
+def test_the_same_training_writes_the_same_bytes(tmp_path):
+    "Figures are traced to the digests of their inputs; no name or process is written into the file."
+    for name in ('a', 'another'): trained(checkpoint=tmp_path / name)
+    assert (tmp_path / 'a').read_bytes() == (tmp_path / 'another').read_bytes()
+
+
 @pytest.mark.parametrize('change, said', [(dict(settings=replace(SHORT, lr=.03)), 'lr'), (dict(seed=2), 'seed'), (dict(identity={'data': 2}), 'data'), (dict(kind=Plain), 'network'),
                                           (dict(settings=replace(SHORT, epochs=3, clip=0.)), 'clip, epochs')])
 def test_a_checkpoint_of_another_run_is_not_used(tmp_path, capsys, change, said):

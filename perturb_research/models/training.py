@@ -98,7 +98,7 @@ def _text(identity): return json.dumps(dict(identity, format=1), sort_keys=True,
 def write_checkpoint(path, state, identity):
     "Write `state` (tensors, numbers and text in dicts and lists) of the run that `identity` (dict) describes to `path`, whole or not at all."
     try:
-        with whole(path) as tmp: torch.save(dict(state, identity=_text(identity)), tmp)
+        with whole(path) as tmp, tmp.open('wb') as file: torch.save(dict(state, identity=_text(identity)), file)  # given a path, torch would write its name into the file
     except (OSError, RuntimeError) as e: raise Problem(f"{path}: the checkpoint cannot be written ({e}); make room or choose another folder") from None
 
 def read_checkpoint(path, identity, name):
