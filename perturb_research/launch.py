@@ -140,8 +140,18 @@ def overrides(text, root):
         if name not in have:
             near = difflib.get_close_matches(name, have, 1)
             raise Refused(f"SET: {short} has no parameter {name!r}; " + (f"did you mean {near[0]!r}? " if near else '') + f"it has: {', '.join(have)}")
-        found.setdefault(known[short], {})[name] = _value(value, have[name], f'{short}.{name}')
+        found.setdefault(known[short], {})[name] = value = _value(value, have[name], f'{short}.{name}')
+        _refuse_early(root/'nbs'/f'{known[short]}.ipynb', name, value, short)
     return _for_both(found, root)
+
+def _refuse_early(notebook, name, value, short):
+    "Hold `value` against what the notebook's `effective` expects of it; a check with names that notebook 00 does not know waits for the notebook's turn."
+    from perturb_research import core
+    calls = [node for source, _ in code_cells(notebook) if 'effective(' in source for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    for check in (k.value for call in calls if getattr(call.func, 'id', '') == 'effective' for k in call.keywords if k.arg == name):
+        try: core.effective({name: value}, **{name: eval(compile(ast.Expression(check), str(notebook), 'eval'), vars(core).copy())})
+        except NameError: pass
+        except core.Problem as e: raise Refused(f'SET: {short}: {e}') from None
 
 def _for_both(found, root):
     "What was said to preprocess about the screen's columns goes to chembl as well, which reads the same table."

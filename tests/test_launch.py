@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, cells, launch
 
-from perturb_research.launch import STEPS, ZOO, Refused, _number, chosen, claim, differences, figures, forget_incomplete, modules_of, public, publish, resolve, steps
+from perturb_research.launch import STEPS, ZOO, Refused, _number, _refuse_early, chosen, claim, defaults, differences, figures, forget_incomplete, modules_of, overrides, public, publish, resolve, steps
 
 
 def done_times(out, dataset):
@@ -201,11 +201,23 @@ def test_differences_sees_what_matters(tmp_path):
 
 
 def test_what_is_said_about_columns_to_preprocess_goes_to_chembl_too():
-    from perturb_research.launch import overrides
     said = overrides("preprocess.perturbation=target preprocess.min_cells=5", ROOT)
     assert said == {"04_data.preprocess": {"perturbation": "target", "min_cells": 5}, "03_data.chembl": {"perturbation": "target"}}
     assert overrides("preprocess.kind=drug chembl.kind=stimulus", ROOT)["03_data.chembl"] == {"kind": "stimulus"}
     assert "03_data.chembl" not in overrides("preprocess.min_cells=5", ROOT)
+
+
+@pytest.mark.parametrize("word, said", [
+    ("causes.level=90", "causes: parameter 'level' is 90.0; expected a number from 0.01 to 0.999"), ("report.hidden=some", "report: parameter 'hidden' is 'some'; expected one of"),
+    ("retrieval.top_k=0", "retrieval: parameter 'top_k' is 0; expected an integer from 1 to 1000")])
+def test_a_value_out_of_range_is_refused_before_anything_runs(word, said):
+    "A late notebook would say so after all others have run; a check with names of its own still does."
+    with pytest.raises(Refused, match=re.escape(f"SET: {said}")): overrides(word, ROOT)
+
+
+def test_every_default_is_taken_as_a_value():
+    for step in STEPS:
+        for name, value in defaults(ROOT / "nbs" / f"{step}.ipynb").items(): _refuse_early(ROOT / "nbs" / f"{step}.ipynb", name, value, step)
 
 
 def executed_copy(out, dataset, step, **cell):
