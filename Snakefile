@@ -41,7 +41,7 @@ rule all:
 for screen, step, before in ALL:
     rule:
         name: f"{screen['id']}__{step.replace('.', '_')}"
-        priority: 0 if step in ZOO else 1  # the baselines' figures first
+        priority: 2 if step not in ZOO else int(screen is config["screens"][0])  # the baselines' figures first; then one screen is searched while the next one's models train
         input:
             notebook=str(ROOT / "nbs" / f"{step}.ipynb"),
             modules=modules_of(ROOT / "nbs" / f"{step}.ipynb", ROOT),
