@@ -352,6 +352,7 @@ def _snakemake(root, out, request, cores, meanwhile):
             try: return work.wait(5) == 0
             except subprocess.TimeoutExpired: meanwhile()
 
+# %% ../nbs/00b_launch.ipynb #00000052
 def figures(root, out, screens, profile, changes, cores, zoo=ZOO):
     "Make everything for `screens`, `(id, source)` pairs, with the models of `zoo`; publish what was finished; give the lines that say what failed."
     for ident, source in screens:
@@ -370,7 +371,7 @@ def figures(root, out, screens, profile, changes, cores, zoo=ZOO):
     failed = {f'{i}, {s}': failure(Path(out, 'runs', i, f'{s}.ipynb')) for i, _ in screens for s in steps(i, zoo) if not Path(out, 'data', 'results', i, 'done', f'{s}.json').is_file()}
     return [f'{where}: ' + '\n'.join(lines) for where, lines in failed.items() if lines] or Path(out, 'runs', 'snakemake.log').read_text().splitlines()[-15:]
 
-# %% ../nbs/00b_launch.ipynb #00000053
+# %% ../nbs/00b_launch.ipynb #00000054
 def _number(text):
     try: return float(text)
     except ValueError: return None
@@ -389,7 +390,7 @@ def differences(ours, theirs, rtol=1e-4):
             if not same: found.append(f'row {i + 1}, {a[0][j]}: {u} against {v}')
     return found
 
-# %% ../nbs/00b_launch.ipynb #00000055
+# %% ../nbs/00b_launch.ipynb #00000056
 def verify(root, cores):
     "Make the embedded screens' figures anew in a temporary folder and compare them with the committed ones; lines on what differs."
     with tempfile.TemporaryDirectory(prefix='perturb_research-verify-') as out:
@@ -406,7 +407,7 @@ def verify(root, cores):
     print(f"{sum(w.startswith('figures/') for w in wrong)} tables differ" if wrong else 'all agree', flush=True)
     return wrong
 
-# %% ../nbs/00b_launch.ipynb #00000056
+# %% ../nbs/00b_launch.ipynb #00000057
 def main(arguments=None):
     "The command line behind the Makefile: `figures` or `verify`; 0 if all went well."
     parser = argparse.ArgumentParser(prog='perturb_research.launch')
@@ -420,7 +421,7 @@ def main(arguments=None):
     for line in wrong: print(line, file=sys.stderr)
     return int(bool(wrong))
 
-# %% ../nbs/00b_launch.ipynb #00000057
+# %% ../nbs/00b_launch.ipynb #00000058
 def _run(root, asked):
     "Carry out a parsed command line; lines on what went wrong."
     if asked.profile not in ('', 'small', 'default', 'full'): raise Refused(f"PROFILE={asked.profile}: expected small, default or full")
@@ -439,6 +440,6 @@ def _run(root, asked):
         print(f"{out}/figures/{ident}/ and {out}/runs/{ident}/report.html are up to date; what was taken for what: {out}/runs/{ident}/04_data.preprocess.ipynb")
     return wrong
 
-# %% ../nbs/00b_launch.ipynb #00000058
+# %% ../nbs/00b_launch.ipynb #00000059
 #| eval: false
 if __name__ == '__main__': sys.exit(main())

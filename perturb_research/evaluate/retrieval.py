@@ -65,6 +65,7 @@ class Metric:
         if (at < 0).all(): raise Problem(f"distance: the metric is of other genes, such as {', '.join(map(str, self.genes[:3]))}; expected names such as {', '.join(map(str, genes[:3]))}")
         return Metric(self.rest, np.where(at[:, None] < 0, 0, self.V[at]), self.weight, genes)
 
+# %% ../../nbs/14_evaluate.retrieval.ipynb #00000011
 def _shown(query, gallery, hidden):
     "Both as float64, and the hidden genes of each query (queries, genes); genes hidden from all queries are taken out."
     query, gallery = np.asarray(query, dtype=float), np.asarray(gallery, dtype=float)
@@ -83,7 +84,7 @@ def _kept_sums(query, gallery, hidden):
     sums = [power.sum(1) - gone @ power[:, few].T for power in (gallery, gallery**2)]
     return (~hidden).sum(1, keepdims=True), query.sum(1, keepdims=True), (query**2).sum(1, keepdims=True), *sums, query @ gallery.T
 
-# %% ../../nbs/14_evaluate.retrieval.ipynb #00000010
+# %% ../../nbs/14_evaluate.retrieval.ipynb #00000012
 def distances(query, gallery, distance='cosine', hidden=None):
     """Distances (q, c) between `query` (q, genes) and `gallery` (c, genes) over the genes not in `hidden` ((genes,) or (q, genes), see `hidden_genes`).
 
@@ -112,7 +113,7 @@ def _spearman(query, gallery, hidden):
         found[rows] = distances(rankdata(query[rows][:, ~gone], axis=1), rankdata(gallery[:, ~gone], axis=1), 'pearson')
     return found
 
-# %% ../../nbs/14_evaluate.retrieval.ipynb #00000013
+# %% ../../nbs/14_evaluate.retrieval.ipynb #00000015
 def leftover(known, gallery=None):
     "What `gallery` leaves unexplained of the training effects `known` (AnnData with equal genes and condition ids), of combinations where there are any; about their mean where nothing is left, or without a gallery."
     X, combos = np.asarray(known.X, dtype=float), known.obs['perturbation'].astype(str).str.contains('+', regex=False).to_numpy()
@@ -132,7 +133,7 @@ def leading_axes(X, axes=20, genes=None):
     V = np.linalg.svd(np.asarray(X, dtype=float), full_matrices=False)[2][:axes].T
     return Metric(0., V, np.ones(V.shape[1]), genes)
 
-# %% ../../nbs/14_evaluate.retrieval.ipynb #00000014
+# %% ../../nbs/14_evaluate.retrieval.ipynb #00000016
 def _in_metric(query, gallery, hidden, metric):
     "1 - cosine (q, c) in `metric`, entries in `hidden` (q, genes) counting as zero on both sides."
     few = np.flatnonzero(hidden.any(0))
@@ -147,7 +148,7 @@ def _in_metric(query, gallery, hidden, metric):
     flat = (q2 <= TINY * q2.max(initial=0)) | (c2 <= TINY * np.abs(full))
     return np.where(flat, 1, 1 - product / np.sqrt(np.where(flat, 1, q2 * c2)))
 
-# %% ../../nbs/14_evaluate.retrieval.ipynb #00000017
+# %% ../../nbs/14_evaluate.retrieval.ipynb #00000019
 def by_candidate(distance, candidate, n, combine=np.minimum):
     "Distances to rows (q, rows) as distances to candidates (q, n): `candidate` is each row's position, -1 for none; infinite where no row is."
     found = np.full((len(distance), n), np.inf)
@@ -156,7 +157,7 @@ def by_candidate(distance, candidate, n, combine=np.minimum):
     if len(present): found[:, present] = combine.reduceat(distance[:, order], first, axis=1)
     return found
 
-# %% ../../nbs/14_evaluate.retrieval.ipynb #00000020
+# %% ../../nbs/14_evaluate.retrieval.ipynb #00000022
 KS = 1, 2, 5, 8, 10, 20
 
 def _table(exact_place, relevant_place, defined, ks):
@@ -180,7 +181,7 @@ def chance_scores(n_candidates, n_relevant, ks=KS):
     nothing, n, one = np.zeros_like(m), np.full_like(m, n_candidates), np.ones_like(m)
     return _table((nothing, n, one), (nothing, n, m), m > 0, ks)
 
-# %% ../../nbs/14_evaluate.retrieval.ipynb #00000022
+# %% ../../nbs/14_evaluate.retrieval.ipynb #00000024
 def graded_scores(distance, exact, relevant, holds, ks=KS, depth=10):
     "Table of ndcg@`depth` (grades 2, 1, 0), map (relevant, whole list) and gene_recall@K; `holds` (n, genes): the genes of each candidate. NaN where a query has no relative, no gene."
     n, grades = distance.shape[1], exact.astype(float) + (relevant | exact)
@@ -189,7 +190,7 @@ def graded_scores(distance, exact, relevant, holds, ks=KS, depth=10):
     nearest = np.stack([distance[:, mine].min(1, initial=np.inf) for mine in holds.T], axis=1)
     return table.join(ranking_scores(-nearest, exact @ holds, ks)[[f'recall@{k}' for k in ks]].add_prefix('gene_'))
 
-# %% ../../nbs/14_evaluate.retrieval.ipynb #00000027
+# %% ../../nbs/14_evaluate.retrieval.ipynb #00000029
 def candidate_genes(conditions, pairs=False):
     "Candidates and their genes, a dict sorted by name: the perturbations of `conditions`; with `pairs` also each of their genes and each pair."
     known = dict(zip(conditions['perturbation'].astype(str), target_genes(conditions)))
@@ -222,7 +223,7 @@ def pose(asked, candidates):
     shared = incidence(query_genes, genes).astype(np.float32) @ holds.T.astype(np.float32) > 0
     return Question(asked, candidates, query_genes, exact, shared | (exact & shared.any(1, keepdims=True)), holds)
 
-# %% ../../nbs/14_evaluate.retrieval.ipynb #00000030
+# %% ../../nbs/14_evaluate.retrieval.ipynb #00000032
 def matched(question, gallery):
     "Queries and gallery rows (arrays) over the genes that both have, in the queries' order, and these genes."
     for what, rows in (('query', question.asked), ('gallery', gallery)):
@@ -245,7 +246,7 @@ def ask(question, gallery, distance='cosine', mask='none', same_dose=False, meas
         found = np.where(np.isclose(dose[0][:, None], dose[1], equal_nan=True), found, np.inf)
     return by_candidate(found, pd.Index(question.candidates).get_indexer(gallery.obs['perturbation'].astype(str)), len(question.candidates))
 
-# %% ../../nbs/14_evaluate.retrieval.ipynb #00000032
+# %% ../../nbs/14_evaluate.retrieval.ipynb #00000034
 def alike(table, context, kind):
     "The rows of `table` (AnnData) of one context and kind of perturbation."
     return table[((table.obs['context'].astype(str) == context) & (table.obs['perturbation_type'].astype(str) == kind)).to_numpy()]
@@ -272,7 +273,7 @@ def read_gallery(run, split, file, context, kind):
     if gallery.uns['split'] != split.hash: raise Problem(f"{split.name}/{file.name}: predicted for split {gallery.uns['split']}, not for {split.hash}; delete it or run its model again")
     return alike(gallery, context, kind).to_memory()
 
-# %% ../../nbs/14_evaluate.retrieval.ipynb #00000034
+# %% ../../nbs/14_evaluate.retrieval.ipynb #00000036
 def name_causes(effects, gallery, distance='cosine', hide=(), first=10, known=None):
     """The `first` candidates for each row of `effects` (DataFrame or AnnData, a column a gene): query, place, candidate, distance.
 
@@ -289,7 +290,7 @@ def name_causes(effects, gallery, distance='cosine', hide=(), first=10, known=No
     return pd.DataFrame({'query': np.repeat(effects.obs_names, order.shape[1]), 'place': np.tile(np.arange(1, order.shape[1] + 1), len(order)),
                          'candidate': names[order].ravel(), 'distance': np.take_along_axis(found, order, axis=1).ravel()})
 
-# %% ../../nbs/14_evaluate.retrieval.ipynb #00000037
+# %% ../../nbs/14_evaluate.retrieval.ipynb #00000039
 def _strongest(effects, top):
     "Positions (rows, top) of each row's largest absolute effects, strongest first."
     return np.argsort(-np.abs(effects), axis=1, kind='stable')[:, :top]
@@ -309,7 +310,7 @@ def de_overlap(query, gallery, top=50, hidden=None):
         found[i] = 1 - (mine[order] & shown & strong & (shown.cumsum(1) <= top)).sum(1) / top
     return found
 
-# %% ../../nbs/14_evaluate.retrieval.ipynb #00000038
+# %% ../../nbs/14_evaluate.retrieval.ipynb #00000040
 SIGN = {'CRISPRa': 1, 'CRISPRi': -1, 'knockout': -1, 'knockdown': -1}
 
 def target_activation(query, genes, candidates, sign, spread):
@@ -327,7 +328,7 @@ def popularity(question, known):
     times = incidence(target_genes(known), genes).sum(0)
     return np.repeat(-(incidence(list(question.candidates.values()), genes) @ times)[None].astype(float), question.asked.n_obs, axis=0)
 
-# %% ../../nbs/14_evaluate.retrieval.ipynb #00000041
+# %% ../../nbs/14_evaluate.retrieval.ipynb #00000043
 def way_scores(scores, by, rng, draws=1000):
     """Scores by way of searching, with 95 % intervals over perturbations and seeds: a row for each value of the columns `by` and metric, with value (mean), low, high, median, n (perturbations), seeds.
 
@@ -340,14 +341,14 @@ def way_scores(scores, by, rng, draws=1000):
     table = table[table['n'] > 0]
     return keys.loc[table['model']].reset_index(drop=True).join(table.reset_index(drop=True)[['metric', 'value', 'low', 'high', 'median', 'n', 'seeds']])
 
-# %% ../../nbs/14_evaluate.retrieval.ipynb #00000044
+# %% ../../nbs/14_evaluate.retrieval.ipynb #00000046
 WORDS = {'direct': 'inverse', 'de_overlap': 'shared strong genes', 'target_activation': 'own gene moved', 'cells': 'cells vote,', 'both': 'observed, else'}
 
 def way_words(route, model=''):
     "'direct', 'ridge' -> 'inverse ridge'."
     return f"{WORDS.get(route, route)} {model or ('observed' if route == 'cells' else '')}".strip().replace('_', ' ')
 
-# %% ../../nbs/14_evaluate.retrieval.ipynb #00000047
+# %% ../../nbs/14_evaluate.retrieval.ipynb #00000049
 def cell_votes(effects, gallery, neighbours=5, hidden=None, block=2000):
     """Votes of cells (n, genes) for the rows of `gallery` (rows, genes), each for its `neighbours` nearest by cosine; rows that tie share a vote.
 
